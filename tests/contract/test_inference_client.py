@@ -340,7 +340,6 @@ def test_a_server_proves_what_it_can_do() -> None:
             "default",
             {},
         )
-        assert asked(fake, lambda client: logprobs_mode(client, IDS)) == "processed"
 
 
 @pytest.mark.parametrize("given", ["ignored", "refused"])
@@ -349,7 +348,6 @@ def test_a_server_without_given_ids_is_found_out(given: str) -> None:
         found = asked(fake, lambda client: probe(client, IDS))
         assert (found.given_ids, found.hidden, found.version) == (False, 0, None)
         assert {*found.missing} == {"given_ids", "hidden", "version"}
-        assert asked(fake, lambda client: logprobs_mode(client, IDS)) == "raw"
 
 
 def test_given_ids_that_are_not_those_of_the_model_are_no_ability() -> None:
@@ -364,3 +362,30 @@ def test_given_ids_that_are_not_those_of_the_model_are_no_ability() -> None:
 def test_a_refused_token_is_not_a_missing_ability() -> None:
     with serving(FakeVLLM(token="abc")) as fake, pytest.raises(ServerRefused, match="status 401"):
         asked(fake, lambda client: probe(client, IDS))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 20.0])
+@pytest.mark.parametrize("processed", [True, False])
+def test_the_mode_of_log_probs_is_measured(spread: float, processed: bool) -> None:
+    """Also of a model that gives all tokens the same probability, and of one that is certain."""
+    with serving(FakeVLLM(processed=processed, head_VH=spread * random_head())) as fake:
+        found = asked(fake, lambda client: logprobs_mode(client, IDS))
+        assert found == ("processed" if processed else "raw")
+        assert all("prompt_logprobs" not in body["sampling_params"] for body in fake.bodies())
+
+
+def test_logits_are_another_mode_and_broken_weights_none() -> None:
+    with serving() as fake:
+        fake.always = "nan"
+        assert asked(fake, lambda client: logprobs_mode(client, IDS)) is None
+        fake.always = ""
+        plain = fake.choice
+
+        def logits(ids: list[int], params: Any, fault: str) -> Any:
+            made = plain(ids, params, fault)
+            for one in made["logprobs"]["content"][0]["top_logprobs"]:
+                one["logprob"] += 3.0 * params["temperature"]
+            return made
+
+        fake.choice = logits  # type: ignore[method-assign]
+        assert asked(fake, lambda client: logprobs_mode(client, IDS)) == "other"

@@ -348,6 +348,30 @@ def test_a_failed_update_of_a_foreign_server_ends_the_run(folder: str, tmp_path:
             opened(folder, tmp_path, act, fake.url)
 
 
+def test_a_server_with_other_log_probs_is_refused(folder: str, tmp_path: Path) -> None:
+    """vLLM's own default is another mode than the one that a sampler needs, and at temperature 1 both give
+    the same numbers.
+    """
+
+    async def act(sampler: Any) -> None:
+        await sampler.publish(published(fake.net, 0), 0)
+
+    with server(folder) as fake:
+        fake.processed = False
+        with pytest.raises(ModelError, match=r"own log-probs .* --logprobs-mode processed_logprobs"):
+            opened(folder, tmp_path, act, fake.url)
+
+
+def test_a_server_that_a_killed_run_left_paused_is_used(folder: str, tmp_path: Path) -> None:
+    async def act(sampler: Any) -> Any:
+        await sampler.publish(published(fake.net, 3), 0)
+        return await sample(sampler)
+
+    with server(folder) as fake:
+        fake.paused = fake.updating = True
+        assert {rollout.version for rollout in opened(folder, tmp_path, act, fake.url)} == {3}
+
+
 def test_a_cache_that_is_not_reset_is_found(folder: str, tmp_path: Path) -> None:
     with server(folder) as fake:
         fake.resets = False

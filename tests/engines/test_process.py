@@ -16,17 +16,27 @@ import pytest
 from processes import alive, wait_for
 from reflux.engines.process import ServerProcess
 
-# A server with a worker in its group and one that has left it. Both ignore SIGTERM. It writes their ids.
+# A server with a worker in its group and one that has left it. Both ignore SIGTERM. The server and the
+# first worker have a piece of shared memory open. The server writes their ids and its name.
 FAMILY = """
 import json, os, signal, subprocess, sys, time
-deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-sleeps = deaf + "; print(1, flush=True); time.sleep(600)"
+from multiprocessing.shared_memory import SharedMemory
+memory = SharedMemory(create=True, size=4096)
+deaf = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+shares = "; from multiprocessing.shared_memory import SharedMemory; memory = SharedMemory(sys.argv[1])"
+waits = "; print(1, flush=True); time.sleep(600)"
 children = [
-    subprocess.Popen([sys.executable, "-c", sleeps], stdout=subprocess.PIPE, start_new_session=away)
-    for away in (False, True)
+    subprocess.Popen(
+        [sys.executable, "-c", deaf + more + waits, memory.name],
+        stdout=subprocess.PIPE,
+        start_new_session=away,
+    )
+    for away, more in ((False, shares), (True, ""))
 ]
 for child in children:
     child.stdout.readline()
+with open(sys.argv[1] + ".shared", "w") as file:
+    file.write(memory.name)
 with open(sys.argv[1] + ".tmp", "w") as file:
     json.dump([os.getpid(), *(child.pid for child in children)], file)
 os.rename(sys.argv[1] + ".tmp", sys.argv[1])
@@ -57,6 +67,10 @@ def pids_in(folder: Path) -> list[int]:
     return json.loads((folder / "pids").read_text())
 
 
+def shared_memory(folder: Path) -> Path:
+    return Path("/dev/shm", (folder / "pids.shared").read_text())
+
+
 @pytest.fixture
 def cleaning(tmp_path: Path) -> Iterator[None]:
     """A failed test leaves nothing behind."""
@@ -65,6 +79,7 @@ def cleaning(tmp_path: Path) -> Iterator[None]:
         for pid in json.loads((tmp_path / "pids").read_text()):
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
+        shared_memory(tmp_path).unlink(missing_ok=True)
 
 
 async def family(folder: Path, kind: str = "kind", grace_s: float = 0.5) -> tuple[ServerProcess, list[int]]:
@@ -80,12 +95,29 @@ def test_stop_ends_every_process(tmp_path: Path, kind: str) -> None:
         server, pids = await family(tmp_path, kind)
         assert server.pid == pids[0]
         assert all(map(alive, pids))
+        assert shared_memory(tmp_path).exists()
         await server.stop()
         return pids, server.code
 
     pids, code = asyncio.run(act())
     assert not any(map(alive, pids))
+    assert not shared_memory(tmp_path).exists()
     assert code == (-signal.SIGTERM if kind == "kind" else -signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("cleaning")
+def test_kill_ends_every_process_at_once(tmp_path: Path) -> None:
+    async def act() -> tuple[list[int], int | None]:
+        # With its grace of an hour `stop` would wait.
+        server, pids = await family(tmp_path, "deaf", grace_s=3600.0)
+        await server.kill()
+        await server.kill()
+        return pids, server.code
+
+    pids, code = asyncio.run(act())
+    assert not any(map(alive, pids))
+    assert not shared_memory(tmp_path).exists()
+    assert code == -signal.SIGKILL
 
 
 @pytest.mark.usefixtures("cleaning")
@@ -99,6 +131,7 @@ def test_a_server_that_is_killed_leaves_no_worker(tmp_path: Path) -> None:
         return pids
 
     assert not any(map(alive, asyncio.run(act())))
+    assert not shared_memory(tmp_path).exists()
 
 
 @pytest.mark.usefixtures("cleaning")
@@ -113,6 +146,7 @@ def test_a_library_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
     library.wait()
     wait_for(lambda: not any(map(alive, pids)))
     wait_for(lambda: not (tmp_path / "weights").exists())
+    assert not shared_memory(tmp_path).exists()
 
 
 @pytest.mark.usefixtures("cleaning")

@@ -1,113 +1,36 @@
-"""The vLLM sampler on a real server: `make test-engines`. Tests that end the server come last, because each
-start takes a minute on a free core.
-"""
+"""The vLLM sampler on a real server: `make test-engines`. Its faults are in test_faults_real.py."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from contract.test_vllm_sampler import at, logp_of
-from engines.conftest import STUDENT, Real, opened, own_net
-from processes import alive, wait_for
+from engines.conftest import Real, opened, own_net
+from engines.real_server import CLOSE, DRAW, agree, moved, prompts, sample
 from reflux.clients.decoding import generated
 from reflux.clients.inference import GENERATE, GenerateRequest
 from reflux.config.step_context import SamplingParams
-from reflux.errors import DataError, ModelError, ServerRefused
+from reflux.errors import ModelError
 from reflux.models import lora
 from reflux.models.settings import Lora
 from reflux.models.text import as_model, load_tokenizer
 from reflux.runtime.weights import AdapterWeights, InMemory
-from reflux.tasks.word_problems import WordProblems
 from reflux.types import Prompt, TokenRollout
 
 # a start of the server on a machine that is busy
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1700)]
-DRAW = SamplingParams(3, "train", 64)
-# Float32 on both sides; the largest difference that was measured is 2e-5.
-CLOSE = {"atol": 1e-4, "rtol": 0.0}
-# Waits, and prints one line first.
-LIBRARY = """
-import asyncio, sys
-from pathlib import Path
-from reflux.clients.inference import GenerateRequest
-from reflux.engines.vllm_command import ServerSettings, installed_in
-from reflux.engines.vllm_server import VLLMServer
-
-async def main():
-    settings = ServerSettings(
-        installed=installed_in(sys.argv[1], "k"), model=sys.argv[2], dtype="float32", context_tokens=512
-    )
-    folder = Path(sys.argv[3])
-    limits = dict(concurrency=8, timeout_s=1000, start_timeout_s=1700)
-    server = await VLLMServer.started(settings, folder / "log", folder=folder / "weights", **limits)
-    asks = [GenerateRequest(token_ids=[5, 6, seed], max_tokens=400, seed=seed) for seed in range(10, 18)]
-    bodies = [ask.body() for ask in asks]
-    for body in bodies:
-        body["sampling_params"]["ignore_eos"] = True
-    tasks = [asyncio.create_task(server.requests.post("/inference/v1/generate", body)) for body in bodies]
-    await asyncio.sleep(0.2)
-    print(server.process.pid, flush=True)
-    await asyncio.gather(*tasks)
-
-asyncio.run(main())
-"""
-
-
-def prompts(number: int = 4) -> list[Prompt]:
-    found = WordProblems().prompts("train", 0)
-    return [next(found) for _ in range(number)]
-
-
-async def sample(real: Real, draw: SamplingParams = DRAW, n: int = 3) -> list[TokenRollout]:
-    groups = await asyncio.gather(*(real.sampler.sample(prompt, n, draw) for prompt in prompts()))
-    return [attempt.rollout for group in groups for attempt in group]
-
-
-def agree(real: Real, rollouts: list[TokenRollout]) -> None:
-    """The log-probs at temperature 1 are those of the net."""
-    assert sum(rollout.length for rollout in rollouts) > 50
-    for rollout in rollouts:
-        np.testing.assert_allclose(
-            rollout.policy_logp_T, at(logp_of(real.net, rollout), rollout.tokens_T), **CLOSE
-        )
-
-
-def moved(seed: int) -> Any:
-    net = own_net()
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in net.parameters():
-            value.add_(0.2 * value.abs().mean() * torch.randn(value.shape, generator=rng))
-    return net
-
-
-def group_of(pid: int) -> list[int]:
-    """The processes of a group that are alive."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == pid and fields[0] != "Z":
-            found.append(int(folder.name))
-    return found
+# At temperature 1 it gives the same numbers.
+RAW = ["--logprobs-mode", "raw_logprobs"]
 
 
 def test_log_probs_are_those_of_the_model(real: Real) -> None:
+    real.run(real.publish(own_net(), 0))
     rollouts = real.run(sample(real))
     agree(real, rollouts)
     for rollout in rollouts:
@@ -192,7 +115,8 @@ def test_new_weights_are_sampled_from(real: Real) -> None:
 
 def test_requests_in_flight_go_on_with_new_weights(real: Real) -> None:
     """Each token is labelled with the weights that it was sampled from."""
-    nets = {2: real.net, 3: moved(3)}
+    nets = {2: moved(2), 3: moved(3)}
+    real.run(real.publish(nets[2], 2))
 
     async def written(control: Any) -> float:
         text = await control.get("/metrics")
@@ -228,109 +152,6 @@ def test_requests_in_flight_go_on_with_new_weights(real: Real) -> None:
             np.testing.assert_allclose(answer.logp_T[start:end], logp_T[start:end], **CLOSE)
 
 
-def test_a_prompt_that_is_too_long_is_refused(real: Real) -> None:
-    long = Prompt("long", ({"role": "user", "content": "x" * 600},))
-    with pytest.raises(DataError, match="more than the 510 that fit"):
-        real.run(real.sampler.sample(long, 1, DRAW))
-
-    async def directly() -> None:
-        await (await real.client()).generate(GenerateRequest(token_ids=[5] * 600, max_tokens=1, seed=1))
-
-    with pytest.raises(ServerRefused):
-        real.run(directly())
-
-
-def test_weights_that_are_not_finite_are_found(real: Real) -> None:
-    broken, whole = copy.deepcopy(real.net), real.net
-    with torch.no_grad():
-        broken.model.norm.weight.fill_(float("nan"))
-    real.run(real.publish(broken, 7))
-    with pytest.raises(ModelError, match="not finite"):
-        real.run(sample(real))
-    real.run(real.publish(whole, 8))
-    agree(real, real.run(sample(real)))
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def other_shape(file: Path) -> None:
-    weights = load_file(file)
-    weights["model.norm.weight"] = torch.ones(3)
-    save_file(weights, file)
-
-
-@pytest.mark.parametrize("spoil", [cut, other_shape])
-def test_an_update_that_fails_starts_the_server_again(real: Real, spoil: Callable[[Path], None]) -> None:
-    async def act() -> None:
-        served, net = real.sampler.served, moved(9)
-        before = served.supervisor.replaced
-        served.delivery.take(InMemory.of(net.state_dict(), 9))
-        file = served.delivery.files[0]
-        right = file.read_bytes()
-
-        async def spoiled(server: Any) -> None:
-            spoil(file)
-            try:
-                await served.delivery.give(server)
-            finally:
-                file.write_bytes(right)
-
-        await served.supervisor.change(spoiled)
-        real.net = net
-        assert served.supervisor.replaced == before + 1
-
-    real.run(act())
-    rollouts = real.run(sample(real))
-    assert {rollout.version for rollout in rollouts} == {9}
-    agree(real, rollouts)
-
-
-@pytest.mark.parametrize("victim", ["VLLM::Worker", "api_server"])
-def test_a_server_that_is_killed_changes_no_attempt(real: Real, victim: str) -> None:
-    """With requests in flight: each is sent again and counts once; nothing of the old server is left."""
-    undisturbed = real.run(sample(real, n=16))
-
-    async def act() -> tuple[list[TokenRollout], int, int]:
-        server = await real.sampler.served.supervisor.ready()
-        pid, before = server.process.pid, real.sampler.served.supervisor.replaced
-        named = {one: Path(f"/proc/{one}/cmdline").read_text().replace("\0", " ") for one in group_of(pid)}
-        (target,) = [one for one, words in named.items() if victim in words]
-        asking = asyncio.create_task(sample(real, n=16))
-        while not real.sampler._flying:
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(0.05)
-        os.kill(target, signal.SIGKILL)
-        return await asking, pid, real.sampler.served.supervisor.replaced - before
-
-    rollouts, pid, replaced = real.run(act())
-    assert replaced == 1
-    assert group_of(pid) == []
-    for one, other in zip(rollouts, undisturbed, strict=True):
-        np.testing.assert_array_equal(one.tokens_T, other.tokens_T)
-        np.testing.assert_array_equal(one.logp_T, other.logp_T)
-    agree(real, rollouts)
-
-
-def test_a_library_that_is_killed_leaves_nothing(python: str, tmp_path: Path) -> None:
-    (tmp_path / "weights").mkdir()
-    library = subprocess.Popen(
-        [sys.executable, "-c", LIBRARY, python, str(STUDENT), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert library.stdout is not None
-    pid = int(library.stdout.readline())
-    family = group_of(pid)
-    assert len(family) >= 3
-    library.kill()
-    library.wait()
-    wait_for(lambda: not any(map(alive, family)))
-    wait_for(lambda: not (tmp_path / "weights").exists())
-
-
 def test_an_adapter_is_served_under_its_version(python: str, tmp_path: Path) -> None:
     """On a server of its own: with adapters, vLLM 0.32 ends at a request for log-probs of a prompt."""
     model = as_model(own_net(), load_tokenizer("reflux:student"))
@@ -347,12 +168,19 @@ def test_an_adapter_is_served_under_its_version(python: str, tmp_path: Path) -> 
     merged = own_net()
     merged.load_state_dict(lora.merged(model.net))
 
-    with opened(python, tmp_path, lora_rank=4) as real:
+    with opened(python, tmp_path / "own", lora_rank=4, arguments=RAW) as real:
         real.run(real.sampler.publish(weights, 5))
         real.net = merged
         rollouts = real.run(sample(real))
         assert {rollout.version for rollout in rollouts} == {5}
         agree(real, rollouts)
+        # A sampler that finds such a server does not take these log-probs for those of the distribution.
+        url = real.run(real.client()).url
+        with (
+            pytest.raises(ModelError, match=r"own log-probs .* --logprobs-mode processed_logprobs"),
+            opened(None, tmp_path / "found", mode="url", url=url),
+        ):
+            pass
         # A student without an adapter is sent merged, also to this server.
         real.run(real.publish(moved(6), 6))
         rollouts = real.run(sample(real))

@@ -120,8 +120,8 @@ def _logp(entry: Mapping[str, Any]) -> float:
 
 
 def _top(entry: Mapping[str, Any], top: int) -> tuple[list[int], list[float]]:
-    """The `top` most likely tokens of one position. The list of the server also has the sampled token, once
-    more or in addition.
+    """The `top` most likely tokens of one position. The list of the server begins with the sampled token,
+    which may be none of them.
     """
     found = {listed["token_id"]: _logp(listed) for listed in entry.get("top_logprobs") or ()}
     if len(found) < top:

@@ -43,7 +43,7 @@ class GenerateRequest:
     stop_token_ids: Sequence[int] = ()
     # Texts that end it. The token in which such a text ends is the last one.
     stop: Sequence[str] = ()
-    # number of most likely tokens that are reported at each position
+    # number of most likely tokens that are reported at each position, below the size of the vocabulary
     top: int = 0
     # the name of a loaded LoRA adapter; None: the served model
     model: str | None = None
@@ -58,7 +58,8 @@ class GenerateRequest:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "stop_token_ids": list(self.stop_token_ids),
-            "logprobs": self.top,
+            # In a list of vLLM's the sampled token takes the place of another one.
+            "logprobs": self.top + 1 if self.top else 0,
             "n": 1,
             # A server finds stop texts in the text only.
             "detokenize": bool(self.stop),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,10 @@ Result = TypeVar("Result")
 # Log-probs of the same tokens by two ways of asking may differ by so many nats: a server in bfloat16 rounds
 # a log-prob of 10 nats to 0.06.
 TOLERANCE_NATS = 0.1
+# Servers are measured on the first tokens of this text. Plain words have no special tokens, such as those
+# that stand for an image.
+_SENTENCE = "This sentence is given to each server of a teacher, and what they say about it is compared."
+_PROBED = 16
 # Statuses of a request that the server does not know. 401 and 403 are not among them.
 UNKNOWN = (400, 404, 405, 422, 501)
 
@@ -34,6 +38,11 @@ class Abilities:
     missing: Mapping[str, str]
     # log-probs of the probed tokens ids[1:], float32, nats
     logp_T: np.ndarray
+
+
+def probed_ids(tokenizer: Any) -> list[int]:
+    """The tokens on which servers of a model with this tokenizer are measured."""
+    return tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"][:_PROBED]
 
 
 async def probe(client: TextScorer, ids: Sequence[int], model: str | None = None) -> Abilities:
@@ -77,17 +86,35 @@ def _agree(given_T3: np.ndarray, logp_T: np.ndarray) -> bool:
 
 async def logprobs_mode(
     client: InferenceClient, ids: Sequence[int], model: str | None = None
-) -> Literal["processed", "raw"] | None:
+) -> Literal["processed", "raw", "other"] | None:
     """How the server reports log-probs of sampled tokens: under the distribution that it sampled from
-    ("processed"), or at temperature 1 ("raw"). None if the two do not differ here.
+    ("processed"), as those of the model ("raw"), or as other numbers. None where they are not finite.
 
-    Tokens are sampled at temperature 2, and their log-probs compared with those at temperature 1.
+    One token is sampled after each beginning of `ids`: at temperature 1, where both are the same, and among
+    the two likeliest tokens at temperature 2. No log-probs of a prompt are asked for, because vLLM 0.32 with
+    adapters ends at such a request.
     """
-    request = GenerateRequest(token_ids=ids, max_tokens=8, seed=0, temperature=2.0, model=model)
-    sampled = await client.generate(request)
-    raw = await client.listed([*ids, *sampled.tokens_T.tolist()], len(ids), 0, model)
-    gap = np.abs(sampled.logp_T - raw.logp_T).max()
-    spread = np.abs(raw.logp_T).max()
-    if not np.isfinite(gap) or spread < TOLERANCE_NATS:
+    texts = [ids[:length] for length in range(1, len(ids) + 1)]
+    plain_N2 = await _both(client, [_likeliest_two(text, model) for text in texts])
+    tempered = [_likeliest_two(text, model, temperature=2.0, top_k=2) for text in texts]
+    shown_N2 = await _both(client, tempered)
+    if not (np.isfinite(plain_N2).all() and np.isfinite(shown_N2).all()):
         return None
-    return "processed" if gap > TOLERANCE_NATS else "raw"
+    expected_N2 = plain_N2 / 2 - np.logaddexp(*(plain_N2 / 2).T)[:, None]
+    if np.abs(shown_N2 - expected_N2).max() <= TOLERANCE_NATS:
+        return "processed"
+    return "raw" if np.abs(shown_N2 - plain_N2).max() <= TOLERANCE_NATS else "other"
+
+
+def _likeliest_two(
+    ids: Sequence[int], model: str | None, temperature: float = 1.0, top_k: int = 0
+) -> GenerateRequest:
+    """One token after `ids`, and the log-probs of the two likeliest ones."""
+    return GenerateRequest(
+        token_ids=ids, max_tokens=1, seed=0, temperature=temperature, top_k=top_k, top=2, model=model
+    )
+
+
+async def _both(client: InferenceClient, asks: Sequence[GenerateRequest]) -> np.ndarray:
+    rows = [(await client.generate(ask)).top_logp_TK for ask in asks]
+    return np.concatenate([row_12 for row_12 in rows if row_12 is not None])

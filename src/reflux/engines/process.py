@@ -76,17 +76,26 @@ class ServerProcess:
 
     async def stop(self) -> None:
         """SIGTERM, after the grace SIGKILL to the whole group; returns when every process is gone."""
+        await self._tell(b"stop\n", self._grace_s + _MARGIN_S)
+
+    async def kill(self) -> None:
+        """SIGKILL to the whole group at once; returns when every process is gone."""
+        await self._tell(b"kill\n", _MARGIN_S)
+
+    async def _tell(self, line: bytes, seconds: float) -> None:
+        """The watcher ends the server. After `seconds` the group is ended from here."""
         assert self._watching.stdin is not None
+        if not self.running:
+            return
         with suppress(ConnectionError):
-            self._watching.stdin.write(b"stop\n")
+            self._watching.stdin.write(line)
             await self._watching.stdin.drain()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.ended.wait(), self._grace_s + _MARGIN_S)
-        self.kill()
+            await asyncio.wait_for(self.ended.wait(), seconds)
+        self._end_group()
         await self.ended.wait()
 
-    def kill(self) -> None:
-        """SIGKILL to the whole group at once."""
+    def _end_group(self) -> None:
         if self.running:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -102,7 +111,7 @@ class ServerProcess:
         event = await self._event()
         if event is None:
             # The watcher was killed, so nothing else ends the group.
-            self.kill()
+            self._end_group()
         else:
             self.code = event["ended"]
         # The pipe to the watcher is closed, or the event loop would warn of it at its end.

@@ -152,11 +152,21 @@ class VLLMServer:
             await self.control.control("/init_weight_transfer_engine", {"init_info": {}})
             self.transfers = True
         await self.pause()
-        await self.control.control("/start_weight_update")
+        await self._start_update()
         for file in files:
             await self.control.control("/update_weights", {"update_info": {"path": str(file)}})
         await self.control.control("/finish_weight_update", {"weight_version": str(version)})
         await self.resume(version)
+
+    async def _start_update(self) -> None:
+        try:
+            await self.control.control("/start_weight_update")
+        except ServerError as error:
+            if "already active" not in str(error):
+                raise
+            # A run that was killed left its update open. All weights come now, so nothing of it is kept.
+            await self.control.control("/finish_weight_update", {"weight_version": "unfinished"})
+            await self.control.control("/start_weight_update")
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """A LoRA adapter in peft's format, in place of one of the same name."""
@@ -212,6 +222,5 @@ class VLLMServer:
     async def kill(self) -> None:
         """End a server of the library that is of no more use."""
         if self.process is not None:
-            self.process.kill()
-            await self.process.ended.wait()
+            await self.process.kill()
         await self._closing.aclose()

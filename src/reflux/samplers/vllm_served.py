@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reflux.clients.probe import logprobs_mode, probed_ids
 from reflux.engines.supervisor import Supervisor
 from reflux.engines.vllm_server import VLLMServer
+from reflux.errors import ModelError
 from reflux.models.sizes import size_of
 from reflux.samplers.vllm_adapters import AdapterDelivery
 from reflux.samplers.vllm_files import ServedModel, served_model
@@ -40,6 +42,8 @@ class Served:
         # of mode "colocated": attempts in progress, and whether the server sleeps and has old weights
         self._acting, self._asleep, self._stale = 0, False, False
         self._turning = asyncio.Lock()
+        # True once a server that somebody else has started is known to report the right log-probs
+        self._proved = cfg.managed
 
     @classmethod
     async def open(cls, cfg: VLLM, context: PartContext, services: Services, stack: AsyncExitStack) -> Served:
@@ -95,8 +99,28 @@ class Served:
         await self.services.run_model(self.delivery.take, weights)
         if self._asleep:
             self._stale = True
-        else:
-            await self.supervisor.change(self.delivery.give)
+            return
+        await self.supervisor.change(self.delivery.give)
+        if not self._proved:
+            await self._prove()
+
+    async def _prove(self) -> None:
+        """ModelError for a server whose log-probs are not those of the distribution that it samples from.
+
+        This is measured after the first update. A run that was killed may have left the server paused, or
+        with half of its weights replaced, and then it answers only after an update.
+        """
+        adapter = self.delivery.adapter
+        client = (await self.supervisor.ready()).requests
+        ids = probed_ids(self.services.tokenizer)
+        mode = await logprobs_mode(client, ids, None if adapter is None else adapter.name)
+        if mode in ("raw", "other"):
+            what = "the model's own log-probs" if mode == "raw" else "numbers that are no log-probs"
+            raise ModelError(
+                f"sampler: the server at {client.url} reports {what} instead of those of the distribution "
+                "that it samples from. Start it with --logprobs-mode processed_logprobs."
+            )
+        self._proved = True
 
     @asynccontextmanager
     async def awake(self) -> AsyncIterator[None]:

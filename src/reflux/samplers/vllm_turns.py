@@ -46,7 +46,7 @@ class Turns:
 
     def listed(self, ask: TurnRequest) -> int:
         """Number of most likely tokens that are recorded at each position."""
-        return min(ask.top_k, self.vocabulary)
+        return min(ask.top_k, self.vocabulary - 1)
 
     def turn(
         self, ask: TurnRequest, answer: Generated, raw: PromptScores | None, version: int | None

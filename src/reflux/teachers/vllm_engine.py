@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from reflux.clients.inference import TextScorer
+from reflux.clients.probe import probed_ids
 from reflux.errors import ModelError, ServerError
 from reflux.kernels.head import Head
 from reflux.models.chat.renderer import Renderer
@@ -36,10 +37,6 @@ if TYPE_CHECKING:
     from reflux.runtime.weights import Weights
     from reflux.teachers.vllm import VLLM
 
-# Servers are measured on the first tokens of this text. Plain words have no special tokens, such as those
-# that stand for an image.
-SENTENCE = "This sentence is given to each server of a teacher, and what they say about it is compared."
-PROBED = 16
 # The share of failures is taken of at least so many attempts, so that one failure at the start ends no run.
 LEAST_ASKED = 20
 
@@ -74,7 +71,7 @@ class VLLMTeacher:
         tokenizer = await services.run_model(load)
         check_same_tokens(services.tokenizer, tokenizer, context.name)
         vocabulary = vocabulary_size(tokenizer)
-        ids = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"][:PROBED]
+        ids = probed_ids(tokenizer)
         async with Replicas.opened(cfg, context.name, ids) as replicas:
             needed(cfg.gives, cfg.addresses[0], context.name, replicas.abilities)
             head = None
