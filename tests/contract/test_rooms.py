@@ -28,7 +28,7 @@ def rooms() -> ModuleType:
 
 def test_the_top_level_is_small(rooms: ModuleType) -> None:
     entries = rooms.top_level(SOURCE)
-    assert len(entries) <= 32
+    assert len(entries) <= 33
     assert rooms.modules_in(entries) <= 6
 
 

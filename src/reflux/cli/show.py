@@ -35,6 +35,7 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
         ("lengths", lengths_in_words(found)),
         ("memory", _memory(found.memory_bytes, found.position)),
         *((f"  working, {each.device}", _working(each)) for each in found.working),
+        *((f"cluster, {name}", text) for name, text in found.cluster),
         ("sampled", f"at most {found.positions_at_most:,} {found.position}s"),
         ("compute", _compute(found)),
         ("also computed", "; ".join(found.requirements) or "nothing beyond the loss"),

@@ -20,6 +20,7 @@ import tomli_w
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.cluster.base import Cluster
 from reflux.config import registry
 from reflux.config.bases import read_recipe, resolve
 from reflux.config.context import Numbers, PartContext, Placement
@@ -70,6 +71,7 @@ class RunConfig:
     rewards: Annotated[dict[str, RewardFn], PartOf("rewards", many="table")] = Field(default_factory=dict)
     extrapolation: Annotated[Extrapolation | None, PartOf("extrapolation")] = None
     evals: Annotated[dict[str, Eval], PartOf("evals", many="table")] = Field(default_factory=dict)
+    cluster: Annotated[Cluster | None, PartOf("cluster", default="ray")] = None
     track: Track = Track()
     recipe: str = "unnamed"
     steps: Annotated[int, Field(ge=0)] = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
@@ -32,6 +32,8 @@ class FSDP(HF):
     `device` is the type of device; each rank takes the GPU of its local rank. A checkpoint resumes on any
     number of ranks. All ranks need the run directory on a file system that they share.
     """
+
+    divides: ClassVar[bool] = True
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         yield from super().refusals(where, cfg)
