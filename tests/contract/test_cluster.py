@@ -5,11 +5,16 @@ cluster is started here: `tests/laws/test_cluster_runs.py` has a real one.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import pickle
+import re
 import signal
 import sys
+import tomllib
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,6 +33,7 @@ from reflux.inspection.plan import plan
 from reflux.runtime.services import Services
 from reflux.types import HiddenTarget
 
+ROOT = Path(__file__).parents[2]
 CLUSTER = {"kind": "ray", "samplers": 2, "teachers": {"main": 1}}
 
 # --- what a recipe may not ask for
@@ -135,6 +141,62 @@ def test_the_plan_says_who_holds_what_and_what_a_step_sends() -> None:
     assert shape is not None
     assert f"'main' sends {4 * shape.width / 1e3:.3g} kB a position" in lines["traffic"]
     assert plan(load_recipe("full")).cluster == []
+
+
+def blocks() -> list[str]:
+    return re.findall(
+        r"^```toml\n(.*?)^```$", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("text", blocks())
+def test_the_tables_of_the_guide_fit(text: str) -> None:
+    learner = {"learner.kind": "fsdp", "learner.model": "reflux:student", "learner.lr": 1e-3}
+    cfg = load_recipe("full", {**tomllib.loads(text), **learner})
+    checks.join(cfg)
+    assert cfg.cluster is not None
+    assert sum(seat.gpus for seat in cfg.cluster.seats) in (8, 32)
+
+
+@pytest.fixture(scope="module")
+def model() -> ModuleType:
+    """benchmarks/cluster_model.py"""
+    spec = importlib.util.spec_from_file_location("cluster_model", ROOT / "benchmarks" / "cluster_model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cluster_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_model_of_a_step_counts_what_is_sent(model: ModuleType) -> None:
+    teacher = model.MODELS["8B"]
+    sizes = [model.row_bytes(teacher, gives, 4) for gives in ("hidden", "top64", "logits")]
+    assert sizes == [16_384, 520, 607_744]
+    rates, links, step = (
+        model.Rates(100, 50, 25),
+        model.Links(card=1000, copies=500, call_s=0.5),
+        model.Step(800, 200),
+    )
+    found = model.seconds(model.Split(4, 2, 1, 2), rates, links, step, sent_bytes=1000, row=5)
+    assert (found.sample_s, found.score_s, found.learn_s) == (2, 20, 40)
+    # packed once, and sent to one machine; targets over the card, and unpacked; five actors, asked twice
+    assert (found.sync_s, found.targets_s, found.calls_s) == (3, 12, 5)
+    assert found.one_after_another == 82
+    assert (found.overlapped, found.slowest) == (52, "learn")
+    # The targets go on to the other ranks.
+    assert model.seconds(model.Split(4, 2, 2, 2), rates, links, step, 1000, 5).targets_s == 24
+
+
+def test_the_model_tries_splits_of_the_whole_cluster(model: ModuleType) -> None:
+    tried = list(model.splits(32, 4, 3))
+    assert tried
+    for each in tried:
+        assert each.samplers + each.teachers + each.ranks == 32
+        assert each.samplers >= 1
+        assert each.teachers % 4 == 0
+        assert each.ranks >= 3
 
 
 # --- values on their way
@@ -253,7 +315,7 @@ def test_work_goes_to_the_actor_with_the_least(monkeypatch: pytest.MonkeyPatch) 
     scene = Scene(monkeypatch, [])
 
     async def work() -> list[int]:
-        return await asyncio.gather(asked(scene, 5), asked(scene, 2), asked(scene, 2), asked(scene, 2))
+        return await asyncio.gather(asked(scene, 5), asked(scene, 3), asked(scene, 3), asked(scene, 2))
 
     assert scene.does(work) == [0, 1, 1, 0]
     assert [member.outstanding for member in scene.pool.members] == [0, 0]
@@ -397,3 +459,24 @@ def test_ranks_of_torchrun_and_of_a_cluster_are_not_mixed(monkeypatch: pytest.Mo
     with environment({"WORLD_SIZE": "3", "REFLUX_NEW": "1"}):
         assert (os.environ["WORLD_SIZE"], os.environ["REFLUX_NEW"]) == ("3", "1")
     assert (os.environ["WORLD_SIZE"], "REFLUX_NEW" in os.environ) == ("2", False)
+
+
+@pytest.mark.parametrize(("failed", "ends"), [(True, []), (False, [2])])
+def test_the_error_of_rank_0_is_heard_before_the_end_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, failed: bool, ends: list[int]
+) -> None:
+    """A cluster ends the other ranks while rank 0 still tells of its own error."""
+    from reflux.learners import rank_group
+
+    def closed(*arguments: Any, **named: Any) -> None:
+        raise RuntimeError("connection closed")
+
+    seen: list[int] = []
+    monkeypatch.setattr(rank_group.dist, "recv", closed)
+    monkeypatch.setattr(os, "_exit", seen.append)
+    group = rank_group.RankGroup.__new__(rank_group.RankGroup)
+    group.rank, group.size, group.busy, group.failed, group._pulse = 0, 2, failed, False, None  # type: ignore[assignment]
+    if failed:
+        group.leave()
+    group._watch(1)
+    assert seen == ends

@@ -58,7 +58,7 @@ class Seen(tiny.Heard):
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         gc.collect()
-        held = sum(isinstance(each, SentWeights) for each in gc.get_objects())
+        held = sum(type(each) is SentWeights for each in gc.get_objects())
         with (self.folder / "held.jsonl").open("a") as file:
             file.write(f"{held}\n")
         if self.folder.name == "divided" and metrics["step"] == DIES_AFTER:
@@ -104,6 +104,18 @@ class Remembering(placing.RayCluster):
         return made
 
 
+def start() -> None:
+    """One cluster for all runs. Ray gives its own processes 30 s to start. A busy machine may take longer."""
+    for again in (True, True, False):
+        try:
+            ray.init(address="local", num_cpus=3, include_dashboard=False, object_store_memory=120 * 2**20)
+        except Exception as error:
+            if not again or "timed out during startup" not in str(error):
+                raise
+        else:
+            return
+
+
 def main(folder: Path, student: str, teacher: str) -> None:
     def run(name: str, **changes: Any) -> None:
         (folder / name).mkdir()
@@ -112,8 +124,7 @@ def main(folder: Path, student: str, teacher: str) -> None:
         asyncio.run(train(cfg, Options(folder / name, watch=watch)))
 
     run("plain")
-    with placing.own_signals():
-        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=120 * 2**20)
+    start()
     run("placed", cluster=PLACED)
     placing.Pool = Killing  # type: ignore[misc]
     run("killed", cluster=PLACED)

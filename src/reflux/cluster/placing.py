@@ -146,11 +146,14 @@ def connected(cfg: Ray) -> Iterator[None]:
                 include_dashboard=None if cfg.address else False,
                 logging_level=logging.WARNING,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:
+            # Ray raises a bare Exception where its own processes do not start in time.
+            why = str(error).strip().splitlines()[0].rstrip(".")
             raise ConfigError(
-                f"cluster.address: there is no cluster of Ray at {cfg.address or 'this machine'}: "
-                f"{str(error).strip().splitlines()[0].rstrip('.')}. Start one with `ray start --head`, or "
-                "leave the address out."
+                f"cluster: Ray did not start on this machine: {why}. Another try may help where it is busy."
+                if cfg.address is None
+                else f"cluster.address: there is no cluster of Ray at {cfg.address}: {why}. Start one with "
+                "`ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or leave the address out."
             ) from error
     try:
         yield

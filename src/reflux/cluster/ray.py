@@ -55,15 +55,17 @@ class Ray(ClusterPart):
     # Processes that share the student's weights, that of the loop included. More than 1 needs a learner that
     # can be divided, such as "fsdp".
     learner_ranks: Count = 1
-    # CPUs that are reserved for a sampler actor. They do not limit its threads.
+    # CPUs that are reserved for each sampler actor. They do not limit its threads.
     cpus_per_sampler: Cores = 1.0
-    # A share of a GPU is below 1, several GPUs are a whole number.
+    # GPUs of each sampler actor: a share of one, or a whole number.
     gpus_per_sampler: Cards = 0.0
+    # CPUs that are reserved for each teacher actor.
     cpus_per_teacher: Cores = 1.0
     # GPUs of each teacher actor. With several, set teachers.NAME.device_map = "auto".
     gpus_per_teacher: Cards = 0.0
     # CPUs that are reserved for each rank of the learner, the process of the loop included.
     cpus_per_rank: Cores = 1.0
+    # GPUs of each rank of the learner.
     gpus_per_rank: Cards = 0.0
     # Where Ray puts the actors: on few machines, or on as many as possible.
     strategy: Literal["PACK", "SPREAD"] = "PACK"

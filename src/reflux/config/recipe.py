@@ -71,6 +71,7 @@ class RunConfig:
     rewards: Annotated[dict[str, RewardFn], PartOf("rewards", many="table")] = Field(default_factory=dict)
     extrapolation: Annotated[Extrapolation | None, PartOf("extrapolation")] = None
     evals: Annotated[dict[str, Eval], PartOf("evals", many="table")] = Field(default_factory=dict)
+    # the processes of samplers, teachers and learner ranks; not set: all parts are in one process
     cluster: Annotated[Cluster | None, PartOf("cluster", default="ray")] = None
     track: Track = Track()
     recipe: str = "unnamed"
