@@ -58,8 +58,6 @@ class Pool:
         self._start, self._prepare, self.services = start, prepare, services
         self._restarts, self._patience_s = restarts, patience_s
         self.members = [Member(seat, start(seat)) for seat in seats]
-        # how many actors were replaced
-        self.replaced = 0
 
     async def prepare(self) -> None:
         """Prepare all actors at the same time."""
@@ -95,7 +93,6 @@ class Pool:
             if member.actor is not lost:
                 # Another call has noticed it first.
                 return
-            self.replaced += 1
             self._count(member, why)
             end(lost)
             self.services.listener.noted(f"{member.who} has ended and is replaced. Its work is done again.")
