@@ -119,9 +119,9 @@ def test_the_plan_says_who_holds_what_and_what_a_step_sends() -> None:
     lines = dict(found.cluster)
     assert list(lines) == ["learner", "sampler", "teacher main", "in all", "traffic"]
     assert found.student.parameters is not None
-    assert f"{16 * found.student.parameters / 1e9:.3g} GB of weights and optimiser" in lines["learner"]
+    assert f"{16 * found.student.parameters / 1e6:.3g} MB of weights and optimiser" in lines["learner"]
     assert (
-        f"2 actors, each 1 CPUs and 1 GPUs, {2 * found.student.parameters / 1e9:.3g} GB" in lines["sampler"]
+        f"2 actors, each 1 CPUs and 1 GPUs, {2 * found.student.parameters / 1e6:.3g} MB" in lines["sampler"]
     )
     assert lines["in all"].startswith("3.5 CPUs and 2 GPUs")
     shape = found.teachers["main"].shape

@@ -33,10 +33,10 @@ class Actor:
         self.number, self.raises, self.prepared = number, raises, False
 
     async def work(self) -> Answer:
+        assert self.prepared
         await asyncio.sleep(0)
         if self.raises:
             raise self.raises.pop(0)
-        assert self.prepared
         return Answer(packed(self.number), {}, ())
 
 
@@ -57,7 +57,8 @@ class Scene:
             return self.actors[-1]
 
         async def prepare(actor: Actor) -> None:
-            await asyncio.sleep(0)
+            for _ in range(5):
+                await asyncio.sleep(0)
             if actor.raises and str(actor.raises[0]) == "at once":
                 raise actor.raises.pop(0)
             actor.prepared = True
@@ -105,6 +106,20 @@ def test_a_lost_actor_is_replaced_prepared_and_does_the_work_again(monkeypatch: 
     assert scene.does(work) == [2, 1, 2, 2, 1]
     assert scene.ended == [scene.actors[0]]
     assert scene.heard.notes == ["sampler actor 0 has ended and is replaced. Its work is done again."]
+
+
+def test_a_new_actor_is_given_nothing_before_it_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, [[gone()]])
+
+    async def work() -> list[int]:
+        first = asyncio.create_task(asked(scene))
+        while len(scene.actors) < 3:
+            await asyncio.sleep(0)
+        assert not scene.actors[2].prepared
+        answers = await scene.pool.each(lambda actor: actor.work())
+        return [await first, *(answer.result.value() for answer in answers)]
+
+    assert scene.does(work) == [2, 2, 1]
 
 
 def test_an_actor_that_ends_while_it_is_prepared_is_replaced_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,9 @@ class Pool:
     async def _asked(self, member: Member, call: Call) -> Answer:
         """The answer. Where the actor ends before it answers, the actor in its place is asked."""
         while True:
-            actor = member.actor
+            async with member.replacing:
+                # A new actor is given nothing before it is prepared.
+                actor = member.actor
             try:
                 answer = await unwrapped(call(actor))
             except _LOST as error:

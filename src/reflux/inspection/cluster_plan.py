@@ -12,7 +12,6 @@ from reflux.models.sizes import Size
 # a float32 master weight, its gradient and two moments
 ADAM_BYTES = 16
 _ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}
-_GIGA = 1e9
 
 
 def placed(
@@ -21,7 +20,7 @@ def placed(
     """Lines of a name and a text. positions: the most sampled positions of one step."""
     for group, found in groupby(cluster.seats, key=lambda seat: seat.group):
         seats = list(found)
-        yield group, f"{_count(seats)}, {_reserved(seats[0])}{_holds(cfg, seats, student, teachers)}"
+        yield group, f"{_count(seats)}, {_reserved(seats)}{_holds(cfg, seats, student, teachers)}"
     cpus, gpus = (sum(amount) for amount in zip(*((s.cpus, s.gpus) for s in cluster.seats), strict=True))
     yield "in all", f"{cpus:g} CPUs and {gpus:g} GPUs, the process of the loop included"
     yield "traffic", "; ".join(_traffic(cfg, cluster, student, teachers, positions))
@@ -41,8 +40,12 @@ def _count(seats: list[Seat]) -> str:
     return f"{len(seats)} actors" if len(seats) > 1 else "1 actor"
 
 
-def _reserved(seat: Seat) -> str:
-    return f"each {seat.cpus:g} CPUs and {seat.gpus:g} GPUs"
+def _reserved(seats: list[Seat]) -> str:
+    return f"{'each ' if len(seats) > 1 else ''}{seats[0].cpus:g} CPUs and {seats[0].gpus:g} GPUs"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.3g} GB" if count > 1e8 else f"{count / 1e6:.3g} MB"
 
 
 def _holds(cfg: RunConfig, seats: list[Seat], student: Size, teachers: Mapping[str, Size]) -> str:
@@ -58,7 +61,7 @@ def _holds(cfg: RunConfig, seats: list[Seat], student: Size, teachers: Mapping[s
         each = teachers[seat.name].stored_bytes if seat.name in teachers else None
     if each is None:
         return ""
-    return f", {each / _GIGA:.3g} GB of weights{' and optimiser' if seat.role == 'learner' else ''}"
+    return f", {_size(each)} of weights{' and optimiser' if seat.role == 'learner' else ''}"
 
 
 def _traffic(
@@ -68,7 +71,7 @@ def _traffic(
     sent = weight_bytes(cfg, student)
     roles = {seat.role for seat in cluster.seats}
     if "sampler" in roles:
-        size = "weights" if sent is None else f"{sent / _GIGA:.3g} GB of weights"
+        size = "weights" if sent is None else f"{_size(sent)} of weights"
         yield f"a step sends {size} to each machine with samplers"
     for table in sorted({seat.name for seat in cluster.seats if seat.role == "teacher"}):
         shape = teachers[table].shape if table in teachers else None
@@ -77,8 +80,6 @@ def _traffic(
             yield f"teacher '{table}' sends its hidden states"
             continue
         row = shape.width * max(1, round(stored / count))
-        yield (
-            f"teacher '{table}' sends {row / 1e3:.3g} kB a position, at most {row * positions / _GIGA:.3g} GB"
-        )
+        yield (f"teacher '{table}' sends {row / 1e3:.3g} kB a position, at most {_size(row * positions)}")
     if "sampler" not in roles and "teacher" not in roles:
         yield "only between the learner's ranks"
