@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from reflux.cluster.actors import Answer, Noted, shares
+from reflux.cluster.actors import Noted, Reply, shares
 from reflux.cluster.wire import packed
 from reflux.config.recipe import load_recipe
 from reflux.config.step_context import SamplingParams
@@ -97,7 +97,7 @@ class Called:
         def call(*arguments: Any) -> Reference:
             self.calls.append(arguments)
             return Reference(
-                Answer(packed(self._answer(*arguments)), {"sample": 1.0 + len(self.calls)}, ("x",))
+                Reply(packed(self._answer(*arguments)), {"sample": 1.0 + len(self.calls)}, ("x",))
             )
 
         return call
@@ -116,11 +116,11 @@ class Front:
         self.members = [Called(answer), Called(answer)]
         self.sizes: list[int] = []
 
-    async def least(self, size: int, call: Any) -> Answer:
+    async def least(self, size: int, call: Any) -> Reply:
         self.sizes.append(size)
         return await call(self.members[len(self.sizes) % 2])
 
-    async def each(self, call: Any) -> list[Answer]:
+    async def each(self, call: Any) -> list[Reply]:
         return [await call(member) for member in self.members]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import tiny
-from reflux.cluster.actors import Answer
+from reflux.cluster.actors import Reply
 from reflux.cluster.base import Seat
 from reflux.cluster.ray import Ray
 from reflux.cluster.wire import packed
@@ -32,12 +32,12 @@ class Actor:
     def __init__(self, number: int, raises: list[Exception]):
         self.number, self.raises, self.prepared = number, raises, False
 
-    async def work(self) -> Answer:
+    async def work(self) -> Reply:
         assert self.prepared
         await asyncio.sleep(0)
         if self.raises:
             raise self.raises.pop(0)
-        return Answer(packed(self.number), {}, ())
+        return Reply(packed(self.number), {}, ())
 
 
 class Scene:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """The result of a call. seconds: by role, since the last answer. notes: for the user, since then."""
 
     result: Packed
@@ -78,7 +78,7 @@ class PartActor:
         """The process."""
         return os.getpid()
 
-    async def open(self) -> Answer:
+    async def open(self) -> Reply:
         """Open the part, and say what the process of the loop must know of it."""
         quiet_libraries()
         # Settings of torch belong to a thread, and this one does the work.
@@ -102,11 +102,11 @@ class PartActor:
     def heading(self) -> Heading | None:
         return None
 
-    def answer(self, result: Any) -> Answer:
+    def answer(self, result: Any) -> Reply:
         seconds = self.services.clock.take()
         # The wall clock of this process counts the time in which nothing is asked of it.
         seconds.pop("total")
-        return Answer(packed(result), seconds, self.listener.take())
+        return Reply(packed(result), seconds, self.listener.take())
 
     async def close(self) -> None:
         self._ending.set()
@@ -122,11 +122,11 @@ class SamplerActor(PartActor):
         # mixed.
         self._turns: dict[tuple[Purpose, int], asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def publish(self, weights: SentWeights, step: int) -> Answer:
+    async def publish(self, weights: SentWeights, step: int) -> Reply:
         await self.opened.publish(await weights.here(), step)
         return self.answer(None)
 
-    async def sample(self, share: Packed) -> Answer:
+    async def sample(self, share: Packed) -> Reply:
         """share: (prompt, number of attempts, sampling parameters) of some prompts of one step."""
         asked = share.value()
         draw = replace(asked[0][2], cohort=len(asked))
@@ -150,7 +150,7 @@ class TeacherActor(PartActor):
             },
         )
 
-    async def score(self, share: Packed) -> Answer:
+    async def score(self, share: Packed) -> Reply:
         """share: a list of `TeacherRequest`."""
         return self.answer(await self.opened.score(share.value()))
 

@@ -14,7 +14,7 @@ from reflux.errors import ServerError
 from reflux.runtime.together import together
 
 if TYPE_CHECKING:
-    from reflux.cluster.actors import Answer
+    from reflux.cluster.actors import Reply
     from reflux.cluster.base import Seat
     from reflux.runtime.services import Services
 
@@ -63,7 +63,7 @@ class Pool:
         """Prepare all actors at the same time."""
         await together(self._prepared(member) for member in self.members)
 
-    async def least(self, size: int, call: Call) -> Answer:
+    async def least(self, size: int, call: Call) -> Reply:
         """The answer of the actor with the least outstanding work. size: of this work."""
         member = min(self.members, key=lambda member: member.outstanding)
         member.outstanding += size
@@ -72,11 +72,11 @@ class Pool:
         finally:
             member.outstanding -= size
 
-    async def each(self, call: Call) -> list[Answer]:
+    async def each(self, call: Call) -> list[Reply]:
         """The answers of all actors."""
         return await together(self._asked(member, call) for member in self.members)
 
-    async def _asked(self, member: Member, call: Call) -> Answer:
+    async def _asked(self, member: Member, call: Call) -> Reply:
         """The answer. Where the actor ends before it answers, the actor in its place is asked."""
         while True:
             async with member.replacing:

@@ -11,7 +11,7 @@ from reflux.runtime.cohorts import Gather
 from reflux.runtime.together import together
 
 if TYPE_CHECKING:
-    from reflux.cluster.actors import Answer
+    from reflux.cluster.actors import Reply
     from reflux.cluster.pool import Pool
     from reflux.config.step_context import SamplingParams
     from reflux.runtime.services import Services
@@ -70,12 +70,12 @@ class RemoteSampler:
             groups[first::count] = answer.result.value()
         return groups
 
-    async def _share(self, share: Sequence[Request]) -> Answer:
+    async def _share(self, share: Sequence[Request]) -> Reply:
         size = sum(n * draw.max_positions for _, n, draw in share)
         sent = packed(list(share))
         return await self._pool.least(size, lambda actor: actor.sample.remote(sent))
 
-    def heard(self, answers: Sequence[Answer]) -> None:
+    def heard(self, answers: Sequence[Reply]) -> None:
         """Pass on what the actors tell the user, and the seconds of the slowest one."""
         self.services.tell(note for answer in answers for note in answer.notes)
         for role in sorted({role for answer in answers for role in answer.seconds}):

@@ -19,7 +19,7 @@ from reflux.models.text import load_tokenizer
 from reflux.runtime.together import together
 
 if TYPE_CHECKING:
-    from reflux.cluster.actors import Answer
+    from reflux.cluster.actors import Reply
     from reflux.cluster.pool import Pool
     from reflux.config.context import PartContext
     from reflux.runtime.services import Services
@@ -74,7 +74,7 @@ class RemoteTeacher:
         """Open the part in a new actor. The first one tells what it is, and gives its output head."""
         from reflux.cluster.pool import unwrapped
 
-        answer: Answer = await unwrapped(actor.open.remote())
+        answer: Reply = await unwrapped(actor.open.remote())
         self.services.tell(answer.notes)
         if self.heading is None:
             self.heading = answer.result.value()
