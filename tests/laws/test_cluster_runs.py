@@ -20,9 +20,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from device import ON_GPU
-from laws.cluster_jobs import DIES_AFTER, STEPS
 
 pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
+jobs = pytest.importorskip("laws.cluster_jobs")
+STEPS, DIES_AFTER = jobs.STEPS, jobs.DIES_AFTER
 pytestmark = [
     # The actors are on the CPU. docs/gpu.md says what a first run on GPUs has to confirm.
     pytest.mark.skipif(ON_GPU, reason="the actors are on the CPU"),
