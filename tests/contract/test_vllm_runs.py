@@ -46,8 +46,8 @@ def test_a_run_samples_from_the_weights_it_trains(
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert max(row["staleness_max"] for row in rows) <= max_staleness
     assert sum(row["seconds"].get("sample", 0) for row in rows) > 0
-    # Four prompts a step, and eight answers of the preflight, which measures the same twice. Each has an id of
-    # its own.
+    # Four prompts a step, and eight answers of the preflight, which measures the same twice. Each has an id
+    # of its own.
     asked = [json.dumps({**body, "request_id": None}) for body in fake.bodies()]
     assert (len(asked), len(set(asked))) == (3 * 4 + 2 * 8, 3 * 4 + 8)
 
