@@ -60,6 +60,7 @@ WHERE = {
     "rewards": "`[rewards.NAME]`",
     "extrapolation": "`[extrapolation]`",
     "evals": "`[evals.NAME]`",
+    "cluster": "`[cluster]`",
     "schedules": "the value of any key that takes a schedule",
 }
 MATHS = (

@@ -33,7 +33,17 @@ HEAVY = {
     "safetensors",
 }
 HEAVY_ALLOWED = (
-    *("kernels/", "learners/", "loss/", "models/", "objectives/", "reports/", "samplers/", "teachers/"),
+    *(
+        "cluster/",
+        "kernels/",
+        "learners/",
+        "loss/",
+        "models/",
+        "objectives/",
+        "reports/",
+        "samplers/",
+        "teachers/",
+    ),
     *("assets/make.py", "assets/glyph_models.py"),
     *("extrapolation/extrapolate_engine.py", "evals/spectra.py"),
 )

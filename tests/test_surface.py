@@ -31,11 +31,12 @@ learners      flow fsdp hf
 extrapolation  extrapolate
 tasks         word_problems chains gsm8k jsonl mix glyphs
 evals         accuracy agreement foresight teacher_accuracy test_accuracy
+cluster       ray
 schedules     constant linear cosine steps
 """
 
 FIELDS = """
-run                     task sampler learner objectives teachers={} credit={} rewards={} refresh=None extrapolation=None evals={} track
+run                     task sampler learner objectives teachers={} credit={} rewards={} refresh=None extrapolation=None evals={} cluster=None track
                         recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_staleness=0 seed=0 loss_aggregation='token-mean-weighted' save_every=50
                         eval_every=50 keep_checkpoints=2 log_variance=False threads=0 skip_checks=() deterministic=False
 samplers.hf             max_tokens=512 train_max_tokens=None temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0
@@ -101,6 +102,9 @@ evals.agreement         prompts=128 teacher='main' bins=24 max_tokens=None split
 evals.foresight         percent=1.0 k=20 include=('attn','attention','mlp','ffn','.ff','feed_forward')
 evals.teacher_accuracy  teacher='main' problems=500 max_tokens=None split='validation' examples=8
 evals.test_accuracy     problems=500 max_tokens=None teacher='main' examples=0
+cluster.ray             address=None samplers=0 teachers={} learner_ranks=1 cpus_per_sampler=1.0 gpus_per_sampler=0.0 cpus_per_teacher=1.0
+                        gpus_per_teacher=0.0 cpus_per_rank=1.0 gpus_per_rank=0.0 strategy='PACK' object_store_mb=0 restarts=3
+                        start_timeout_s=900.0
 schedules.constant      value
 schedules.linear        start stop=None increment=None warmup=0 horizon=0
 schedules.cosine        peak floor=0.0 warmup=0 horizon=0

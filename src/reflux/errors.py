@@ -37,6 +37,9 @@ class StepRefused(RefluxError, ArithmeticError):
         super().__init__(text)
         self.why, self.records = why, records
 
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.why, self.records)
+
 
 class Stopped(RefluxError):
     """The user asked the run to stop (Ctrl-C or SIGTERM). Its state is saved."""
@@ -55,6 +58,9 @@ class ServerRefused(ServerError):
     def __init__(self, text: str, status: int, reason: str = ""):
         super().__init__(text)
         self.status, self.reason = status, reason
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.status, self.reason)
 
 
 class BadAnswer(ServerError):

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from reflux import checks
+from reflux.cluster import base as clusters
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
 from reflux.credit.base import share_credit
@@ -149,13 +150,18 @@ async def open_parts(
     context(name): the context of the part with this key in the recipe.
     """
     async with AsyncExitStack() as stack:
+        # It may hide GPUs from this process, so it comes before torch looks for them.
+        cluster = await stack.enter_async_context(clusters.opened(cfg.cluster, cfg.learner, services))
         prepare_torch(cfg.threads, cfg.deterministic)
         services.tell(crowding())
         learner = await stack.enter_async_context(cfg.learner.open(context("learner"), services))
-        sampler = await stack.enter_async_context(cfg.sampler.open(context("sampler"), services))
+        sampler = await stack.enter_async_context(cluster.sampler(cfg.sampler, context("sampler"), services))
         reward = await stack.enter_async_context(open_rewards(cfg.rewards, context, services))
         opened = {
-            name: (teacher, await stack.enter_async_context(teacher.open(context(name), services)))
+            name: (
+                teacher,
+                await stack.enter_async_context(cluster.teacher(teacher, context(name), services)),
+            )
             for name, teacher in cfg.teachers.items()
         }
         extrapolation = await stack.enter_async_context(

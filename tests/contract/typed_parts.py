@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from reflux.cluster.base import Cluster
+from reflux.cluster.ray import Ray
 from reflux.contexts.base import Context
 from reflux.contexts.peers import Peers
 from reflux.contexts.privileged import Privileged
@@ -93,6 +95,10 @@ def extrapolation() -> list[Extrapolation]:
 
 def tasks() -> list[Task]:
     return [WordProblems(), Chains(), Gsm8k(), Jsonl("p.jsonl"), Mix({"a": WordProblems()}), Glyphs()]
+
+
+def cluster() -> list[Cluster]:
+    return [Ray(samplers=1)]
 
 
 def evals() -> list[Eval]:

@@ -56,10 +56,11 @@ PARTS: dict[tuple[str, str], dict[str, Any]] = {
     ("teachers", "flow"): {"model": "m"},
     ("teachers", "vllm"): {"model": "m", "url": "http://127.0.0.1:8000"},
     ("learners", "hf"): {"model": "m"},
-    ("learners", "fsdp"): {"model": "m"},
     ("learners", "flow"): {"model": "m"},
+    ("learners", "fsdp"): {"model": "m"},
     ("credit", "prefix"): {"length": 4},
     ("credit", "position"): {"weight": 0.5},
+    ("cluster", "ray"): {"samplers": 2, "teachers": {"main": 1}},
     ("tasks", "jsonl"): {"path": "lines.jsonl"},
     ("tasks", "mix"): {
         "parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "longer": 2, "weight": 2.0}}
@@ -162,7 +163,7 @@ def test_the_written_config_names_every_field_of_the_run() -> None:
     table = tomllib.loads(to_toml(load_recipe("rl_opd")))
     absent = {name for name in (entry.name for entry in fields(RunConfig)) if name not in table}
     # TOML has no null
-    assert absent == {"extrapolation", "refresh"}
+    assert absent == {"cluster", "extrapolation", "refresh"}
 
 
 def test_a_run_holds_its_resolved_config(tiny_run: Callable[..., Any]) -> None:

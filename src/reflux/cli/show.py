@@ -36,6 +36,7 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
         ("memory", _memory(found.memory_bytes, found.position)),
         *((f"  working, {each.device}", _working(each)) for each in found.working),
         *([("  server", found.server_memory)] if found.server_memory else []),
+        *((f"cluster, {name}", text) for name, text in found.cluster),
         ("sampled", f"at most {found.positions_at_most:,} {found.position}s"),
         ("compute", _compute(found)),
         ("also computed", "; ".join(found.requirements) or "nothing beyond the loss"),

@@ -15,6 +15,7 @@ GROUPS = {
     "extrapolation": "reflux.extrapolation:EXTRAPOLATIONS",
     "tasks": "reflux.tasks:TASKS",
     "evals": "reflux.evals:EVALS",
+    "cluster": "reflux.cluster:CLUSTERS",
     "schedules": "reflux.config.schedules:SCHEDULES",
 }
 
@@ -31,6 +32,7 @@ BASES = {
     "extrapolation": "reflux.extrapolation.base:ExtrapolationPart",
     "tasks": "reflux.tasks.base:TaskPart",
     "evals": "reflux.evals.base:EvalPart",
+    "cluster": "reflux.cluster.base:ClusterPart",
 }
 
 
@@ -46,4 +48,5 @@ PROTOCOLS = {
     "extrapolation": "reflux.extrapolation.base:Extrapolation",
     "tasks": "reflux.tasks.base:Task",
     "evals": "reflux.evals.base:Eval",
+    "cluster": "reflux.cluster.base:Cluster",
 }

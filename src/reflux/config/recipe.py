@@ -20,6 +20,7 @@ import tomli_w
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.cluster.base import Cluster
 from reflux.config import registry
 from reflux.config.bases import read_recipe, resolve
 from reflux.config.context import Numbers, PartContext, Placement
@@ -72,6 +73,8 @@ class RunConfig:
     refresh: Refresh | None = None
     extrapolation: Annotated[Extrapolation | None, PartOf("extrapolation")] = None
     evals: Annotated[dict[str, Eval], PartOf("evals", many="table")] = Field(default_factory=dict)
+    # the processes of samplers, teachers and learner ranks; not set: all parts are in one process
+    cluster: Annotated[Cluster | None, PartOf("cluster", default="ray")] = None
     track: Track = Track()
     recipe: str = "unnamed"
     steps: Annotated[int, Field(ge=0)] = 200

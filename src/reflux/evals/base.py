@@ -37,6 +37,9 @@ Asked = Literal["always", "start", "ends"]
 class EvalPart(Part, Protocol):
     """The base class of evaluations."""
 
+    # True if it samples from the model of a teacher, which is loaded for that.
+    samples_from_teacher: ClassVar[bool] = False
+
 
 class Eval(EvalPart, Protocol):
     # the steps of a run at which it is called

@@ -36,6 +36,7 @@ class TeacherAccuracy(EvalPart):
 
     asked: ClassVar[Asked] = "start"
     verifies: ClassVar[bool] = True
+    samples_from_teacher: ClassVar[bool] = True
 
     teacher: str = "main"
     problems: int = 500

@@ -40,6 +40,7 @@ class ReportedAccuracy(EvalPart):
 
     asked: ClassVar[Asked] = "ends"
     verifies: ClassVar[bool] = True
+    samples_from_teacher: ClassVar[bool] = True
     problems: Annotated[int, Field(ge=1)] = 500
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     teacher: str = "main"

@@ -43,12 +43,16 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
     for finding in flow_findings.before(cfg) if flow else tokenizer_findings.before(cfg):
         yield finding
     group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
+    if cfg.cluster is not None:
+        yield Finding(
+            "ok", "cluster", "not used here: parts are opened in this process. A run's preflight uses it"
+        )
     cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_staleness=0)
     checks.inputs(cfg)
     student, overlap = cfg.learner.student, cfg.sampler.overlaps
     with tempfile.TemporaryDirectory() as scratch, closing(Services(student, overlap=overlap)) as services:
         context = partial(part_context, cfg, requirements, run_folder=Path(scratch))
-        parts = open_parts(replace(cfg, rewards={}, extrapolation=None), context, services)
+        parts = open_parts(replace(cfg, rewards={}, extrapolation=None, cluster=None), context, services)
         async with parts as (learner, sampler, _, teachers, _):
             await sampler.publish(learner.publish(), 0)
             asked = Evaluation(context("sampler"), services, cfg.sampler, sampler, teachers)

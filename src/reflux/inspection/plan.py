@@ -11,6 +11,7 @@ from reflux import checks
 from reflux.checks import lengths
 from reflux.config.recipe import RunConfig, config_hash
 from reflux.config.requirements import Requirements
+from reflux.inspection.cluster_plan import ADAM_BYTES, placed
 from reflux.inspection.working_memory import WorkingMemory, working_memory
 from reflux.metrics.values import step_flops
 from reflux.models.sizes import Size, size_of
@@ -18,8 +19,6 @@ from reflux.storage.summary import method_of
 from reflux.teachers.base import alias_of
 from reflux.types import FlowRollout
 
-# a float32 master weight, its gradient and two moments
-_ADAM_BYTES = 16
 _FROZEN_BYTES = 4
 # each field of Requirements, described for users; {} is replaced by its value
 _WANTED = {
@@ -72,6 +71,8 @@ class Plan:
     flops_at_most: float | None
     requirements: list[str]
     warnings: list[str]
+    # the processes of a cluster and its traffic: lines of a name and a text; empty without a cluster
+    cluster: list[tuple[str, str]]
 
 
 def plan(cfg: RunConfig) -> Plan:
@@ -119,6 +120,9 @@ def plan(cfg: RunConfig) -> Plan:
         ),
         requirements=wanted(requirements, _WANTED_OF_FLOWS if flows else _WANTED),
         warnings=[*checks.warnings(cfg), *lengths.cut_by_window(cfg, student.context_tokens)],
+        cluster=[]
+        if cfg.cluster is None
+        else list(placed(cfg, cfg.cluster, student, teachers, attempts * max(limits, default=0))),
     )
 
 
@@ -147,7 +151,7 @@ def _memory(student: Size, teachers: list[Size], full: bool) -> int | None:
     known = [size.stored_bytes for size in (student, *teachers)]
     if student.parameters is None or any(count is None for count in known):
         return None
-    weights = student.parameters * (_ADAM_BYTES if full else _FROZEN_BYTES) + sum(
+    weights = student.parameters * (ADAM_BYTES if full else _FROZEN_BYTES) + sum(
         count for count in known if count
     )
     return weights + max(size.beside_bytes for size in (student, *teachers))

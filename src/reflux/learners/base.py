@@ -104,6 +104,9 @@ class OpenLearner(Protocol):
 class LearnerPart(Part, Protocol):
     """Base class of learners. It holds the defaults of optional members."""
 
+    # True if several processes can share the student's weights. They take part by `follow`.
+    divides: ClassVar[bool] = False
+
     @property
     def trains_all(self) -> bool:
         """False if only adapters are trained and the model's own weights stay fixed."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class FSDP(HF):
-    """As `hf`, with weights, gradients and Adam moments divided among the processes that torchrun starts
-    (FSDP2). Without torchrun it is one process.
+    """As `hf`, with weights, gradients and Adam moments divided among the processes that torchrun starts, or
+    a cluster with `learner_ranks` (FSDP2). Without either it is one process.
 
         torchrun --nproc-per-node 2 -m reflux.cli.main run RECIPE.toml
 
@@ -34,6 +34,7 @@ class FSDP(HF):
     """
 
     instead_of: ClassVar[str] = "hf"
+    divides: ClassVar[bool] = True
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         yield from super().refusals(where, cfg)

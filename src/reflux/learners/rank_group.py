@@ -42,6 +42,8 @@ class RankGroup:
         )
         # True while ranks compute together. After an error in such a time no message is expected.
         self.busy = False
+        # True after an error of this process: the other ranks may end then.
+        self.failed = False
         watched = range(1, self.size) if self.leads else ()
         self._watches = [threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in watched]
         for watch in self._watches:
@@ -97,6 +99,7 @@ class RankGroup:
         """
         if self.leads and self.busy and self.size > 1:
             # The others notice when this process ends.
+            self.failed = True
             return
         if self.leads:
             self.tell([None] * self.size)
@@ -121,6 +124,9 @@ class RankGroup:
         try:
             dist.recv(torch.zeros(1), rank, group=self._pulse)
         except RuntimeError:
+            if self.failed:
+                # This process ends with an error of its own, which must be heard.
+                return
             sys.stderr.write(
                 f"\nreflux: rank {rank} of {self.size} has ended, and the run ends with it. Unless it was "
                 "killed, its own message is above. The last checkpoint is kept. Continue with --resume, with "

@@ -28,6 +28,9 @@ class Heads:
             raise ValueError(f"another output head is already registered under the key '{key}'")
         return key
 
+    def items(self) -> list[tuple[str, Head]]:
+        return list(self._heads.items())
+
     def remove(self, key: str) -> None:
         self._heads.pop(key, None)
 

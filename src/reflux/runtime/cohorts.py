@@ -28,14 +28,14 @@ Answer = TypeVar("Answer")
 
 
 class Gather(Generic[Item, Answer]):
-    """Call `answer(items)` once per cohort, with the items sorted by `place` (see `ask`). Only one cohort is
-    answered at a time.
+    """Call `answer(items)` once per cohort, with the items sorted by `place` (see `ask`). At most `at_once`
+    cohorts are answered at the same time.
     """
 
-    def __init__(self, answer: Callable[[list[Item]], Awaitable[Sequence[Answer]]]):
+    def __init__(self, answer: Callable[[list[Item]], Awaitable[Sequence[Answer]]], at_once: int = 1):
         self._answer = answer
         self._cohorts: dict[Hashable, _Cohort[Item, Answer]] = {}
-        self._turn = asyncio.Lock()
+        self._turn = asyncio.Semaphore(at_once)
 
     async def ask(self, cohort: Hashable, size: int, place: str, item: Item) -> Answer:
         """Wait until `cohort` has `size` requests, then return the answer to this request.

@@ -81,6 +81,11 @@ class SamplerPart(Part, Protocol):
         """
         return False
 
+    @property
+    def one_process_because(self) -> str:
+        """Why several processes cannot each open this sampler, as a clause; "" where they can."""
+        return ""
+
     def open_with(
         self, model: Any, context: PartContext, services: Services
     ) -> AbstractAsyncContextManager[OpenSampler]:

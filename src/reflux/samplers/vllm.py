@@ -152,6 +152,14 @@ class VLLM(TextSampler):
             )
 
     @property
+    def one_process_because(self) -> str:
+        if self.mode != "managed":
+            return f'sampler.mode = "{self.mode}" is one server, and each actor starts a server of its own'
+        if self.transfer != "file":
+            return f'sampler.transfer = "{self.transfer}" sends from the process of the learner'
+        return ""
+
+    @property
     def managed(self) -> bool:
         """True if the library starts the server."""
         return self.mode != "url"

@@ -19,6 +19,7 @@ _MAY_DIFFER = (
     "save_every",
     "eval_every",
     "keep_checkpoints",
+    "cluster",
     "track",
     "threads",
     "evals",

@@ -1,0 +1,204 @@
+"""What runs in the processes of a cluster: an open sampler, an open teacher, or a rank of the learner."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import traceback
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from reflux.cluster.wire import Packed, packed
+from reflux.models.torch_settings import prepare_torch
+from reflux.runtime.library_logging import quiet_libraries
+from reflux.runtime.services import Services
+from reflux.runtime.together import together
+
+if TYPE_CHECKING:
+    from reflux.cluster.sent_weights import SentWeights
+    from reflux.config.context import PartContext
+    from reflux.config.step_context import Purpose
+    from reflux.learners.base import Learner
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The result of a call. seconds: by role, since the last answer. notes: for the user, since then."""
+
+    result: Packed
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What the process of the loop must know of an open teacher. head: the key of its output head. matrices:
+    of every head that targets may name, by key: weight, bias or None, scale and soft cap.
+    """
+
+    macs: int
+    autocast: str
+    context_tokens: int
+    head: str
+    matrices: Mapping[str, tuple[Any, ...]]
+
+
+class Noted:
+    """A listener that keeps its messages until they are taken."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    def noted(self, text: str) -> None:
+        self._texts.append(text)
+
+    def take(self) -> tuple[str, ...]:
+        taken, self._texts = tuple(self._texts), []
+        return taken
+
+
+class PartActor:
+    """A part that is open from `open` to `close`. The part and its context are all that it knows."""
+
+    def __init__(self, part: Any, context: PartContext, gpus: float):
+        if not gpus:
+            # Ray hides no GPU from an actor that has reserved none.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self.part, self.context = part, context
+        self.listener = Noted()
+        self.services = Services(context.student, listener=self.listener)
+        self.opened: Any = None
+        self._ending = asyncio.Event()
+        self._holding: asyncio.Task[None] | None = None
+
+    async def pid(self) -> int:
+        """The process."""
+        return os.getpid()
+
+    async def open(self) -> Reply:
+        """Open the part, and say what the process of the loop must know of it."""
+        quiet_libraries()
+        # Settings of torch belong to a thread, and this one does the work.
+        prepare_torch(self.context.placement.threads, self.context.placement.deterministic)
+        ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # One task opens and closes it, as in a process of its own.
+        self._holding = asyncio.create_task(self._hold(ready))
+        self.opened = await ready
+        return self.answer(self.heading())
+
+    async def _hold(self, ready: asyncio.Future[Any]) -> None:
+        try:
+            async with self.part.open(self.context, self.services) as opened:
+                ready.set_result(opened)
+                await self._ending.wait()
+        except Exception as error:
+            if ready.done():
+                raise
+            ready.set_exception(error)
+
+    def heading(self) -> Heading | None:
+        return None
+
+    def answer(self, result: Any) -> Reply:
+        seconds = self.services.clock.take()
+        # The wall clock of this process counts the time in which nothing is asked of it.
+        seconds.pop("total")
+        return Reply(packed(result), seconds, self.listener.take())
+
+    async def close(self) -> None:
+        self._ending.set()
+        if self._holding is not None:
+            await self._holding
+        self.services.close()
+
+
+class SamplerActor(PartActor):
+    def __init__(self, part: Any, context: PartContext, gpus: float):
+        super().__init__(part, context, gpus)
+        # A sampler waits for all prompts of a step before it begins, and two shares of one step must not be
+        # mixed.
+        self._turns: dict[tuple[Purpose, int], asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def publish(self, weights: SentWeights, step: int) -> Reply:
+        await self.opened.publish(await weights.here(), step)
+        return self.answer(None)
+
+    async def sample(self, share: Packed) -> Reply:
+        """share: (prompt, number of attempts, sampling parameters) of some prompts of one step."""
+        asked = share.value()
+        draw = replace(asked[0][2], cohort=len(asked))
+        async with self._turns[draw.purpose, draw.step]:
+            groups = await together(self.opened.sample(prompt, n, draw) for prompt, n, _ in asked)
+        return self.answer(groups)
+
+
+class TeacherActor(PartActor):
+    def heading(self) -> Heading:
+        heads, opened = self.services.heads, self.opened
+        return Heading(
+            macs=opened.macs,
+            autocast=opened.autocast,
+            context_tokens=opened.model.context_tokens,
+            head=opened.head,
+            matrices={
+                key: (*matrix, head.scale, head.cap)
+                for key, head in heads.items()
+                if (matrix := head.matrix) is not None
+            },
+        )
+
+    async def score(self, share: Packed) -> Reply:
+        """share: a list of `TeacherRequest`."""
+        return self.answer(await self.opened.score(share.value()))
+
+
+class RankActor:
+    """A process that holds a part of the student and takes part in its passes."""
+
+    def __init__(self, learner: Learner, gpus: float):
+        if not gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self.learner = learner
+
+    def pid(self) -> int:
+        """The process. It answers when it has started."""
+        return os.getpid()
+
+    def follow(self, group: Mapping[str, str]) -> None:
+        """Take part in the run until it ends. group: the environment variables that describe the group."""
+        os.environ.update(group)
+        try:
+            self.learner.follow()
+        except BaseException:
+            # The other ranks notice the end of a process, and nothing less.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+class SeatActor:
+    """Holds a place for a process that Ray has not started."""
+
+    def __init__(self, gpus: float):
+        self.reserved = gpus
+
+    def gpus(self) -> list[str]:
+        """The numbers of the GPUs that are reserved here."""
+        import ray
+
+        return [str(each) for each in ray.get_runtime_context().get_accelerator_ids().get("GPU", [])]
+
+
+def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Indices in at most `count` lists with about equal sums, ascending in each; no list is empty. The
+    largest come first, each to the list with the smallest sum so far.
+    """
+    sums, found = [0] * count, [list[int]() for _ in range(count)]
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        smallest = sums.index(min(sums))
+        sums[smallest] += sizes[index]
+        found[smallest].append(index)
+    return [sorted(indices) for indices in found if indices]
