@@ -78,7 +78,7 @@ class Run:
         if step:
             self.totals |= checkpoints.read_plain(checkpoints.of_step(self.dir / "checkpoints", step) / "run")
         rules = [name for name, rule in cfg.credit.items() if rule.measures_freshness]
-        self.refreshes = Refreshes(cfg.refresh, self.totals, rules)
+        self.refreshes = Refreshes(cfg.refresh if cfg.max_staleness else None, self.totals, rules)
         self._started = time.perf_counter()
         # `open` replaces it once the lock is held
         self._tracker: Tracker = NoTracker()

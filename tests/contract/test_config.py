@@ -104,6 +104,8 @@ def test_tables_merge_key_by_key_and_a_new_kind_drops_the_old_keys() -> None:
         ("sampler", "no_such_kind", {}),
         ("schedule", "cosine", {}),
         ("sampler", 3, {}),
+        ("sampler", [1], {}),
+        ("learner", {"a": 1}, {}),
     ],
 )
 def test_a_kind_that_does_the_same_by_other_means_keeps_the_keys_that_both_have(

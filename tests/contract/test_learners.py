@@ -132,6 +132,8 @@ def columns(target: Any) -> list[Any]:
 @every_learner
 def test_observe_returns_one_target_per_attempt_in_order(kind: str) -> None:
     learner, groups, _ = WORLDS[kind](WANTED[kind])
+    # the attempts are of an older student
+    learner.version = 1
     failed = Attempt(replace(groups[0][0].rollout, finish="error"))
     found = asyncio.run(learner.observe([groups[0], [failed, *groups[1]], groups[2]]))
     assert [target is None for target in found] == [False, True, False, False]
@@ -226,9 +228,15 @@ def test_a_refused_step_gives_reason_and_records_and_the_loop_names_the_file(kin
     assert learner.version == 0
 
 
+def test_attempts_of_the_current_student_are_not_observed_at_their_own_lists() -> None:
+    learner, groups, _ = WORLDS["flow"](Requirements(behaviour=1, now_at_behaviour=True))
+    assert asyncio.run(learner.observe(groups)) == [None] * sum(map(len, groups))
+
+
 @every_learner
 def test_the_loop_stores_what_a_learner_returns(kind: str) -> None:
     learner, groups, objective = WORLDS[kind](WANTED[kind])
+    learner.version = 1
     asyncio.run(observe(learner, groups))
     result = asyncio.run(
         learn(learner, StepRequest(groups, [objective], NOW), lambda *_: pytest.fail("nothing was refused"))

@@ -38,6 +38,20 @@ def test_without_staleness_and_floor_the_run_is_the_one_without_the_rule(
     assert same(tiny_run("full", **settings).state, tiny_run("full", **settings, credit=rule).state)
 
 
+def test_attempts_of_the_current_student_cost_no_further_pass(
+    tiny_run: Callable[..., Any], student: str
+) -> None:
+    plain = tiny_run("full", steps=2, task=CHAT, loss_aggregation="token-mean")
+    ruled = tiny_run("full", steps=2, task=CHAT, loss_aggregation="token-mean", credit={"freshness": {}})
+    costs = [[row["flops"]["learn"] for row in done.rows("metrics")] for done in (plain, ruled)]
+    assert costs[0] == costs[1]
+    stale = tiny_run("fresh", **STALE, learner=slow(student), refresh="none")
+    lag_only = {"freshness": {"alpha": 0.0, "beta": 0.0}}
+    blind = tiny_run("fresh", **STALE, learner=slow(student), refresh="none", credit=lag_only)
+    spent = [[row["flops"]["learn"] for row in done.rows("metrics")] for done in (stale, blind)]
+    assert [one > other for one, other in zip(*spent, strict=True)] == [False, *[True] * 6]
+
+
 def test_stale_attempts_weigh_less_and_their_lag_is_measured(
     tiny_run: Callable[..., Any], student: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 
 import tiny
 from reflux import checks
+from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.credit.freshness import Freshness, freshness, weight
 from reflux.errors import ConfigError
 from reflux.metrics.values import EffectiveShare
 from reflux.models.flow.sde import kl_weight
+from reflux.teachers.collection import Teachers
 from reflux.types import (
     Attempt,
     FlowRollout,
@@ -186,6 +189,21 @@ def test_the_drift_of_the_supervision_is_that_of_the_new_answer() -> None:
     assert credit.notes["supervision_drift"] == pytest.approx(0.4)
 
 
+def test_teachers_measure_the_new_answer_from_the_old_one() -> None:
+    """KL(teacher in its present context || in its first one), in this order."""
+    then, now, tokens_T = logp(6, 2), logp(7, 2), np.array([0, 1])
+    again, once = (attempt(logp(1, 2), None, [0, 1]) for _ in range(2))
+    again.answers["main"] = TeacherAnswer(
+        target=full("main", now, tokens_T), previous=full("main", then, tokens_T)
+    )
+    teachers = Teachers({}, Requirements(supervision_drift=True), tiny.services())
+    asyncio.run(teachers.follow_up([[again, once]]))
+    p, q = np.exp(now.astype(np.float64)), np.exp(then.astype(np.float64))
+    np.testing.assert_allclose(again.answers["main"].drift_T, (p * np.log(p / q)).sum(1), atol=1e-6)
+    assert once.answers["main"].drift_T is None
+    asyncio.run(Teachers({}, Requirements(), tiny.services()).follow_up([[again]]))
+
+
 def unanswered() -> Attempt:
     made = attempt(logp(1, 2), logp(2, 2), [0, 1])
     made.answers["main"] = TeacherAnswer(error="timeout", previous=made.answers["main"].target)
@@ -277,6 +295,8 @@ def test_the_effective_share_is_the_effective_sample_size_over_the_number() -> N
 
 # --- what is refused
 
+RELEASED = {"credit.release": {"candidates": "now", "segments": 4}}
+
 
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -289,7 +309,11 @@ def test_the_effective_share_is_the_effective_sample_size_over_the_number() -> N
         ({"loss_aggregation": "token-mean-weighted"}, 'Use "token-mean" or "seq-mean-token-mean"'),
         ({"credit.freshness.teacher": "mian"}, "there is no teacher 'mian'"),
         ({"max_staleness": 0}, None),
-        ({"credit.freshness": "none"}, "Add .credit.freshness., or leave `below` out"),
+        (RELEASED, 'Use credit.release.candidates = "behaviour"'),
+        ({**RELEASED, "credit.freshness.drift": "sampled"}, None),
+        ({"credit.freshness": "none", "refresh.below": "none"}, None),
+        ({"credit.freshness": {"floor": 0.0, "lag_power": 1000}}, None),
+        ({"credit.freshness": "none"}, "Add .credit.freshness., or set refresh.below"),
         ({}, None),
     ],
 )

@@ -30,14 +30,25 @@ def by_definition(p: np.ndarray, q: np.ndarray, shared: set[int]) -> float:
     return sum(a * np.log(a / b) for a, b in cells if a > 0)
 
 
+def events(p: np.ndarray, q: np.ndarray, one: set[int], other: set[int]) -> list[float]:
+    """The bounds by the tokens of a single list, where the other model has at most its own tail."""
+    p_only, q_only = sum(p[list(one - other)]), sum(q[list(other - one)])
+    p_tail, q_tail = 1 - sum(p[list(one)]), 1 - sum(q[list(other)])
+    found = []
+    for a, b, holds in ((p_only, q_tail, p_only > q_tail), (p_tail, q_only, q_only > p_tail)):
+        found.append(a * np.log(a / b) + (1 - a) * np.log((1 - a) / (1 - b)) if holds and a > 0 else 0.0)
+    return found
+
+
 @pytest.mark.parametrize(("k", "other_k"), [(3, 3), (1, 4), (5, 2), (4, 8)])
 def test_it_is_the_kl_over_the_shared_tokens_and_one_bucket(k: int, other_k: int) -> None:
     p_TV, q_TV = drawn(1), drawn(2)
     (ids, logp), (other_ids, other_logp) = listed(p_TV, k), listed(q_TV, other_k)
     found_T = listed_kl(ids, logp, other_ids, other_logp)
     for t in range(len(p_TV)):
-        shared = set(ids[t].tolist()) & set(other_ids[t].tolist())
-        assert found_T[t] == pytest.approx(by_definition(p_TV[t], q_TV[t], shared), abs=2e-6)
+        one, other = set(ids[t].tolist()), set(other_ids[t].tolist())
+        coarse = by_definition(p_TV[t], q_TV[t], one & other)
+        assert found_T[t] == pytest.approx(max(coarse, *events(p_TV[t], q_TV[t], one, other)), abs=2e-6)
     exact_T = (p_TV * np.log(p_TV / q_TV)).sum(1)
     assert (found_T <= exact_T + 1e-6).all()
     assert (found_T >= 0).all()
@@ -73,8 +84,13 @@ def test_rounding_of_a_full_list_is_no_tail() -> None:
     assert abs(listed_kl(ids, p, ids, np.log(np.full((1, V), 1 / V, np.float32)))[0]) < 2 * TAIL_FLOOR
 
 
-def test_lists_that_share_no_token_say_nothing_and_no_position_is_no_number() -> None:
+def test_lists_that_share_no_token_are_far_apart_and_no_position_is_no_number() -> None:
     ids = np.array([[0, 1]])
     logp = np.log(np.array([[0.6, 0.3]], dtype=np.float32))
-    assert listed_kl(ids, logp, ids + 5, logp)[0] == 0
+    # q has at most 0.1 where p has 0.9
+    assert listed_kl(ids, logp, ids + 5, logp)[0] == pytest.approx(
+        0.9 * np.log(9) + 0.1 * np.log(1 / 9), abs=1e-6
+    )
+    flat = np.log(np.array([[0.02, 0.01]], dtype=np.float32))
+    assert listed_kl(ids, flat, ids + 5, flat)[0] < 1e-9
     assert listed_kl(ids[:0], logp[:0], ids[:0], logp[:0]).shape == (0,)

@@ -40,7 +40,10 @@ def kept(old: Mapping[str, Any], new_kind: Any) -> dict[str, Any]:
     one of them does the work of the other by other means (`Part.instead_of`), such as the samplers "hf" and
     "vllm". Empty for all other kinds.
     """
-    pair = {old.get("kind"), new_kind}
+    if not (isinstance(old.get("kind"), str) and isinstance(new_kind, str)):
+        # A kind that is no text is refused where parts are made.
+        return {}
+    pair = {old["kind"], new_kind}
     for known in map(kinds, BASES):
         if pair <= known.keys():
             parts = [load(known[kind]) for kind in pair]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
@@ -16,9 +16,12 @@ class Refresh:
     again with the current weights. Needs max_staleness above 0. arXiv 2605.17862 (f-OPD).
     """
 
-    # refresh where the mean freshness of the batch is at most this; not set: whenever `every` allows it
-    below: Annotated[float, Field(ge=0, le=1)] | None = None
-    # refresh also where fewer of the attempts than this share could be compared with their policy and context
+    # refresh where the mean freshness of the batch is at most this; "none": whenever `every` allows it
+    below: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | None,
+        BeforeValidator(lambda value: None if value == "none" else value),
+    ] = None
+    # with `below`: refresh also where fewer of the attempts than this share have both drifts
     min_aligned: Annotated[float, Field(ge=0, le=1)] = 0.5
     # fewest optimiser steps from one refresh to the next
     every: Annotated[int, Field(ge=1)] = 200

@@ -17,8 +17,9 @@ from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
 from reflux.metrics.values import EffectiveShare
 from reflux.models.heads import Heads
+from reflux.samplers.flow import without_noise
 from reflux.teachers.names import unless_known
-from reflux.types import Attempt, Credit, FlowRollout, Group
+from reflux.types import Attempt, Credit, Group
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -75,20 +76,21 @@ class Freshness(CreditPart):
 
     lag: policy versions between the sampling of the attempt and this step. D_roll: KL(student now || student
     that sampled), D_sup: KL(teacher in its present context || in the context when it first scored the
-    attempt), both as means over the chosen positions of the attempt, in nats. At lag 0 D_roll is 0 by
-    definition. While the context is unchanged D_sup is 0, and the teacher is not asked again; where it has
-    changed, the loss uses the new answer. The weight is a constant: no gradient flows through it. It is not
-    divided by the sum of the weights, so a stale batch makes a small step.
+    attempt), both as means over the chosen positions of the attempt, in nats. At lag 0, and with `alpha` 0,
+    D_roll is 0 by definition and nothing is computed for it. While the context is unchanged D_sup is 0, and
+    the teacher is not asked again; where it has changed, the loss uses the new answer. The weight is a
+    constant: no gradient flows through it. It is not divided by the sum of the weights, so a stale batch
+    makes a small step.
 
     `drift` exact: D_roll from the `k` most likely tokens of the policy that sampled and one bucket for all
     others, at most the full KL and equal to it where `k` covers the vocabulary. sampled: the mean of rho log
-    rho - rho + 1 with rho = p_now / p_then of the sampled token, which needs no lists and is noisy. For flows
-    both are exact, from the velocities. `rescale` divides the weight by 1 - `floor`, so that a fresh attempt
-    weighs 1.
+    rho - rho + 1 with rho = p_now / p_then of the sampled token, which needs no lists and is noisy; its mean
+    is the KL only where tokens are sampled at temperature 1 and top_p 1. Images have "exact" alone, from
+    their velocities. `rescale` divides the weight by 1 - `floor`, so that a fresh attempt weighs 1.
 
     An attempt without an answer of the teacher that was asked, or without a finite drift, has weight 0. With
-    `lag_power`, `alpha`, `beta` and `floor` all 0 every weight is 1 (neutral), and so is it at lag 0 with an
-    unchanged context and `floor` 0.
+    `lag_power`, `alpha`, `beta` and `floor` all 0 every other weight is 1 (neutral), and so is it at lag 0
+    with an unchanged context and `floor` 0.
 
     Notes, over attempts with chosen positions: `freshness` (mean f), `aligned` (share with both drifts),
     `rollout_drift` and `supervision_drift` (nats, over those that have them), `lag`, `zero` (share of weight
@@ -134,9 +136,12 @@ class Freshness(CreditPart):
                 f"'{kind_of('samplers', cfg.sampler)}' gives attempts that the student did not sample. "
                 "Remove the rule."
             )
-        if self.drift == "sampled" and cfg.sampler.rollouts is FlowRollout:
-            yield f'{where}.drift = "sampled" needs sampled tokens, and a flow has none. Use "exact".'
-        if (cfg.max_staleness + 1) ** -self.lag_power <= self.floor:
+        if cfg.sampler.on_policy and (why := without_noise(cfg)):
+            yield (
+                f"{where}: {why}, so the KL of two velocities is infinite. Use a noise_level above 0, such "
+                "as 0.7."
+            )
+        if self.floor and (cfg.max_staleness + 1) ** -self.lag_power <= self.floor:
             yield (
                 f"{where}.floor = {self.floor:g} gives every attempt at max_staleness = {cfg.max_staleness} "
                 f"the weight 0, also without any drift. Use max_staleness = {self.most_lag} or less, or a "
@@ -150,6 +155,8 @@ class Freshness(CreditPart):
 
     @property
     def requirements(self) -> Requirements:
+        if not self.alpha:
+            return Requirements(supervision_drift=True)
         if self.drift == "exact":
             return Requirements(behaviour=self.k, now_at_behaviour=True, supervision_drift=True)
         return Requirements(now_topk=1, supervision_drift=True)
@@ -163,7 +170,7 @@ class Freshness(CreditPart):
             return Credit()
         lag = version - rollout.version
         drifts = {
-            "rollout_drift": 0.0 if lag == 0 else self._rollout_drift(attempt),
+            "rollout_drift": self._rollout_drift(attempt) if lag and self.alpha else 0.0,
             "supervision_drift": self._supervision_drift(attempt),
         }
         known = {name: drift for name, drift in drifts.items() if drift is not None}
@@ -199,8 +206,9 @@ class Freshness(CreditPart):
             return _mean(now.drift_T(rollout.behaviour, rollout, Heads()), rollout.mask_T)
         if self.drift == "sampled" and now.logp_T is not None:
             log_rho_T = now.logp_T.astype(np.float64) - rollout.policy_logp_T
-            with np.errstate(invalid="ignore"):
-                return _mean(np.exp(log_rho_T) * log_rho_T - np.expm1(log_rho_T), rollout.mask_T)
+            # rho log rho is 0 at rho = 0.
+            least_T = np.maximum(log_rho_T, -700.0)
+            return _mean(np.exp(least_T) * least_T - np.expm1(least_T), rollout.mask_T)
         return None
 
     def _supervision_drift(self, attempt: Attempt) -> float | None:

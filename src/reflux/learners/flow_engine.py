@@ -15,6 +15,7 @@ from torch import Tensor
 from reflux.config.step_context import seed_of
 from reflux.errors import ModelError
 from reflux.learners.gradient_learner import GradientLearner
+from reflux.learners.observe import stale
 from reflux.learners.tally import unpacked
 from reflux.loss import flow_loss
 from reflux.loss.aggregate import Result
@@ -71,9 +72,8 @@ class FlowLearner(GradientLearner):
         return self.context.requirements.now_at_behaviour
 
     def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
-        return (
-            (attempt, VelocityTarget(teacher="now", v_TD=v_TD)) for attempt, v_TD in self.velocities(groups)
-        )
+        found = self.velocities(stale(self, groups))
+        return ((attempt, VelocityTarget(teacher="now", v_TD=v_TD)) for attempt, v_TD in found)
 
     def whole(self, attempt: Attempt) -> Item:
         """All positions that the student chose."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 def observed(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, TopKTarget]]:
     """The current student's log-probs at each attempt's positions: if a part of the recipe requires this, at
     the top-k ids that were recorded at sampling (`rollout.behaviour`), otherwise at the current student's own
-    top-k ids.
+    top-k ids. Attempts of the current student are left out where no part requires its own top-k ids, because
+    `behaviour` has their log-probs.
     """
     requirements = learner.context.requirements
-    for attempt, h_TH, tokens_T in states(learner, groups):
+    for attempt, h_TH, tokens_T in states(learner, stale(learner, groups)):
         behaviour = attempt.rollout.behaviour
         k = (
             0
@@ -36,6 +37,13 @@ def observed(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Atte
         )
         if k or ids_TK is not None:
             yield attempt, _listed(learner, h_TH, tokens_T, ids_TK, k)
+
+
+def stale(learner: Any, groups: Sequence[Group]) -> list[Group]:
+    """The attempts that have to be observed, in their groups."""
+    if learner.context.requirements.now_topk:
+        return list(groups)
+    return [[each for each in group if each.rollout.version != learner.version] for group in groups]
 
 
 def logp(learner: HFLearner, groups: Sequence[Group]) -> list[np.ndarray]:

@@ -207,7 +207,11 @@ class HiddenTarget(_Known):
         return kl_of(heads[self.head], self.h_TH, heads[other.head], other.h_TH).cpu().numpy()
 
     def drift_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
-        return self.kl_T(other, rollout, heads) if isinstance(other, HiddenTarget) else None
+        if not isinstance(other, HiddenTarget):
+            return None
+        kl_T = self.kl_T(other, rollout, heads)
+        # Below 0 it is rounding over a large vocabulary.
+        return None if kl_T is None else np.maximum(kl_T, 0.0)
 
     def uniformity(self, heads: Heads) -> float | None:
         logp_TV = heads[self.head].logits(self.h_TH).float().log_softmax(-1)

@@ -60,8 +60,7 @@ def step_metrics(
         "staleness_max": max(stalenesses, default=None),
         "tokens_sampled": work.sampled,
         "tokens_trained": int(values.get("tokens_trained") or 0),
-        **({"tokens_scored": scored.sampled} if scored else {}),
-        **({"tokens_discarded": discarded.sampled} if scored or discarded.sampled else {}),
+        **_unused(discarded, scored),
         "response_tokens_mean": Mean.of([a.rollout.mask_T.sum() for a in live]).value,
         "truncated": Mean.of([a.rollout.finish == "length" for a in live]).value,
         "finishes": {
@@ -82,6 +81,12 @@ def step_metrics(
         "context": _context(live),
         "peak_memory_bytes": _peak_memory(),
     }
+
+
+def _unused(discarded: Work, scored: Spent | None) -> dict[str, int]:
+    """Tokens that no step trains on; empty where there are none."""
+    counts = {"tokens_scored": scored.sampled} if scored else {}
+    return counts | ({"tokens_discarded": discarded.sampled} if scored or discarded.sampled else {})
 
 
 def _without_target(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, int]:

@@ -154,7 +154,7 @@ def jsonable(value: object) -> object:
     """The value as plain JSON. Metrics become numbers. NaN and infinity become null, because JSON has no
     notation for them.
     """
-    if isinstance(value, (Mean, Sum, Max, Quantiles)):
+    if isinstance(value, (Mean, Sum, Max, Quantiles, EffectiveShare)):
         value = value.value
     if isinstance(value, np.ndarray):
         value = value.tolist()
