@@ -232,6 +232,8 @@ def test_a_step_that_is_not_finite_is_refused_and_nothing_has_changed(bad: float
 
 def test_the_student_of_now_is_observed_where_it_is_wanted() -> None:
     learner, groups = opened(requirements=Requirements(now_at_behaviour=True)), batch()
+    # the attempts are of an older student
+    learner.version = 1
     found = asyncio.run(learner.observe(groups))
     for (attempt,), now in zip(groups, found, strict=True):
         expected = tiny_flow.velocities(tiny_flow.model(1), attempt.rollout, "now").v_TD
