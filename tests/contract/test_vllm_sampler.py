@@ -368,8 +368,13 @@ def test_a_server_that_a_killed_run_left_paused_is_used(folder: str, tmp_path: P
         return await sample(sampler)
 
     with server(folder) as fake:
-        fake.paused = fake.updating = True
+        fake.paused = True
         assert {rollout.version for rollout in opened(folder, tmp_path, act, fake.url)} == {3}
+        fake.updating = True
+        words = "an update that another run began was never finished, .* Start it again"
+        with pytest.raises(ServerError, match=words):
+            opened(folder, tmp_path, act, fake.url)
+        assert fake.updating
 
 
 def test_a_cache_that_is_not_reset_is_found(folder: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from contract.test_vllm_teacher import part as teacher_part
 from engines.conftest import TEACHER, Found, Tally, opened, own_net
 from engines.real_server import agree, moved, process_of, sample
 from reflux.config.registry import build
+from reflux.errors import ServerError
 from reflux.models.text import Model, load_model
 from reflux.types import GivenTarget, SampledTarget, TeacherAnswer, TopKTarget
 
@@ -129,24 +130,12 @@ def test_a_slow_server_is_asked_again_and_counts_once(found: Found, tmp_path: Pa
         tally.close()
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_server_that_a_killed_run_left_in_an_update_is_used(
-    found: Found, tmp_path: Path, begun: bool
-) -> None:
-    """It is paused, and with `begun` it waits for weights."""
+def test_a_server_that_a_killed_run_left_paused_is_used(found: Found, tmp_path: Path) -> None:
     with opened(None, tmp_path / "first", NAME, mode="url", url=found.url) as real:
         plain = real.run(sample(real))
-
-    async def left() -> None:
-        await found.server.pause()
-        if begun:
-            await found.server.control.control("/start_weight_update")
-
-    found.run(left())
+    found.run(found.server.pause())
     with opened(None, tmp_path / "second", NAME, mode="url", url=found.url) as real:
-        tally = Tally(
-            f"a run that was killed in {'an update' if begun else 'a pause'} of a server of its own"
-        )
+        tally = Tally("a run that was killed in a pause of a server of its own")
         tally.add(plain, real.run(sample(real)))
         agree(real, plain)
         tally.close()
@@ -154,3 +143,11 @@ def test_a_server_that_a_killed_run_left_in_an_update_is_used(
         agree(real, real.run(sample(real)))
         # for the other tests
         real.run(real.publish(own_net(NAME), 2))
+
+
+def test_a_server_that_a_killed_run_left_in_an_update_is_refused(found: Found, tmp_path: Path) -> None:
+    """The last test of this server, which nobody can use afterwards."""
+    found.run(found.server.control.control("/start_weight_update"))
+    words = "an update that another run began was never finished"
+    with pytest.raises(ServerError, match=words), opened(None, tmp_path, NAME, mode="url", url=found.url):
+        pytest.fail("the server was used")

@@ -164,9 +164,10 @@ class VLLMServer:
         except ServerError as error:
             if "already active" not in str(error):
                 raise
-            # A run that was killed left its update open. All weights come now, so nothing of it is kept.
-            await self.control.control("/finish_weight_update", {"weight_version": "unfinished"})
-            await self.control.control("/start_weight_update")
+            # vLLM 0.32 ends where such an update is finished, and would keep a part of it otherwise.
+            raise ServerError(
+                "an update that another run began was never finished, because that run was killed."
+            ) from error
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """A LoRA adapter in peft's format, in place of one of the same name."""
