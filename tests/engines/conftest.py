@@ -156,8 +156,16 @@ def found(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fou
 
 
 @contextmanager
-def opened(python: str | None, folder: Path, model: str = "reflux:student", **fields: Any) -> Iterator[Real]:
-    """python: None for a server that runs already."""
+def opened(
+    python: str | None,
+    folder: Path,
+    model: str = "reflux:student",
+    weights: InMemory | None = None,
+    **fields: Any,
+) -> Iterator[Real]:
+    """python: None for a server that runs already. weights: the first that are published; None: those of the
+    model.
+    """
     managed = {} if python is None else {"python": python, "start_timeout_s": 1700.0}
     table = {"kind": "vllm", "max_tokens": 64, **managed, **fields}
     context = tiny.context(
@@ -176,7 +184,10 @@ def opened(python: str | None, folder: Path, model: str = "reflux:student", **fi
         sampler = runner.run(stack.enter_async_context(part.open(context, services)))
         try:
             made = Real(sampler, own_net(model), runner, heard.notes)
-            runner.run(made.publish(made.net, 0))
+            first = (
+                made.publish(made.net, 0) if weights is None else sampler.publish(weights, weights.version)
+            )
+            runner.run(first)
             yield made
         finally:
             runner.run(stack.aclose())

@@ -168,8 +168,7 @@ def test_an_adapter_is_served_under_its_version(python: str, tmp_path: Path) -> 
     merged = own_net()
     merged.load_state_dict(lora.merged(model.net))
 
-    with opened(python, tmp_path / "own", lora_rank=4, arguments=RAW) as real:
-        real.run(real.sampler.publish(weights, 5))
+    with opened(python, tmp_path / "own", weights=weights, lora_rank=4, arguments=RAW) as real:
         real.net = merged
         rollouts = real.run(sample(real))
         assert {rollout.version for rollout in rollouts} == {5}
