@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.config.schedules import Number
-from reflux.models.placement import Device, Dtype
-from reflux.samplers.text_sampler import TextSampler, one_number
-from reflux.types import Rollout, TokenRollout
+from reflux.models.placement import Device
+from reflux.samplers.text_sampler import TextSampler
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -45,32 +43,10 @@ class HF(TextSampler):
     and the prefixes come from the changed sampling distribution.
     """
 
-    on_policy: ClassVar[bool] = True
-    rollouts: ClassVar[type[Rollout]] = TokenRollout
-
-    # Limit of the student's tokens over all turns of an attempt.
-    max_tokens: Annotated[int, Field(ge=1), BeforeValidator(one_number)] = 512
-    # The same limit for training attempts; not set: max_tokens.
-    train_max_tokens: Number | None = None
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # Texts that end a response, besides the model's end tokens.
-    stop: tuple[str, ...] = ()
-    allow_biased: bool = False
-    # Longest prompt in tokens; 0: what fits the context window.
-    max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
-    # What happens to a longer prompt. "skip": it is counted and listed, and never trained on.
-    long_prompts: Literal["refuse", "skip"] = "refuse"
     # Tokens decoded together: rows x (prompt + response), padding included.
     batch_tokens: Annotated[int, Field(ge=1)] = 32768
     # When the next turns are generated, for tasks with several turns.
     turns: Literal["together", "ready"] = "together"
-    # Most turns of an attempt; 0: no limit.
-    max_turns: Annotated[int, Field(ge=0)] = 0
-    # Seconds for one answer of a task's environment.
-    environment_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
-    # "auto": as stored, but float32 on a CPU that is slower in 16 bits.
-    dtype: Dtype = "auto"
     device: Device = "auto"
     # The `attn_implementation` argument of transformers.
     attention: str | None = None

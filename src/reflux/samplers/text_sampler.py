@@ -1,13 +1,19 @@
-"""Common base of the samplers that sample texts with the student: what the fields that they share mean."""
+"""Common base of the samplers that sample texts with the student."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
 
 from reflux.config.context import Generation
+from reflux.config.registry import STRICT
 from reflux.config.schedules import Number, at, number
 from reflux.config.step_context import SamplingParams
+from reflux.models.placement import Dtype
 from reflux.samplers.base import SamplerPart
+from reflux.types import Rollout, TokenRollout
 
 
 def one_number(value: Any) -> Any:
@@ -20,17 +26,35 @@ def one_number(value: Any) -> Any:
     return value
 
 
-class TextSampler(SamplerPart, Protocol):
-    """The members that follow from fields that every such sampler has."""
+@dataclass(frozen=True, config=STRICT)
+class TextSampler(SamplerPart):
+    """The fields that every such sampler has, and the members that follow from them."""
 
-    max_tokens: Any
-    train_max_tokens: Number | None
-    temperature: Any
-    top_p: Any
-    stop: tuple[str, ...]
-    max_prompt_tokens: Any
-    long_prompts: Literal["refuse", "skip"]
-    dtype: Any
+    rollouts: ClassVar[type[Rollout]] = TokenRollout
+    on_policy: ClassVar[bool] = True
+
+    # Limit of the student's tokens over all turns of an attempt.
+    max_tokens: Annotated[int, Field(ge=1), BeforeValidator(one_number)] = 512
+    # The same limit for training attempts; not set: max_tokens.
+    train_max_tokens: Number | None = None
+    # Temperature of training attempts.
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    # Tokens outside the smallest set with this probability are left out.
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # Texts that end a response, besides the model's end tokens.
+    stop: tuple[str, ...] = ()
+    # Allows a temperature other than 1 and a top_p below 1, which make on-policy estimators biased.
+    allow_biased: bool = False
+    # Longest prompt in tokens; 0: what fits the context window.
+    max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
+    # What happens to a longer prompt. "skip": it is counted and listed, and never trained on.
+    long_prompts: Literal["refuse", "skip"] = "refuse"
+    # Most turns of an attempt; 0: no limit.
+    max_turns: Annotated[int, Field(ge=0)] = 0
+    # Seconds for one answer of a task's environment.
+    environment_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+    # "auto": as stored, but float32 on a CPU that is slower in 16 bits.
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         if self.train_max_tokens is not None:

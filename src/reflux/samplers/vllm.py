@@ -6,16 +6,13 @@ from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.config.schedules import Number
 from reflux.engines.plugin import FILE_BACKEND
 from reflux.engines.vllm_command import LORA_RANKS, Installed, ServerSettings
-from reflux.models.placement import Dtype
-from reflux.samplers.text_sampler import TextSampler, one_number
-from reflux.types import Rollout, TokenRollout
+from reflux.samplers.text_sampler import TextSampler
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -47,31 +44,6 @@ class VLLM(TextSampler):
     """
 
     instead_of: ClassVar[str] = "hf"
-    on_policy: ClassVar[bool] = True
-    rollouts: ClassVar[type[Rollout]] = TokenRollout
-
-    # Limit of the student's tokens over all turns of an attempt.
-    max_tokens: Annotated[int, Field(ge=1), BeforeValidator(one_number)] = 512
-    # The same limit for training attempts; not set: max_tokens.
-    train_max_tokens: Number | None = None
-    # Temperature of training attempts.
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    # Tokens outside the smallest set with this probability are left out.
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # Texts that end a response, besides the model's end tokens.
-    stop: tuple[str, ...] = ()
-    # Allows a temperature other than 1 and a top_p below 1, which make on-policy estimators biased.
-    allow_biased: bool = False
-    # Longest prompt in tokens; 0: what fits the context window.
-    max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
-    # What happens to a longer prompt. "skip": it is counted and listed, and never trained on.
-    long_prompts: Literal["refuse", "skip"] = "refuse"
-    # Most turns of an attempt; 0: no limit.
-    max_turns: Annotated[int, Field(ge=0)] = 0
-    # Seconds for one answer of a task's environment.
-    environment_timeout_s: Seconds = 60.0
-    # "auto": as stored, but float32 on a CPU that is slower in 16 bits.
-    dtype: Dtype = "auto"
     # Who runs the server, see above.
     mode: Literal["managed", "url", "colocated"] = "managed"
     # Address of a server that runs already, with its port and "http" or "https" before it, for mode "url".

@@ -107,8 +107,7 @@ class TeacherPart(Part, Protocol):
 
     def reader(self, student: StudentSpec) -> StudentSpec | None:
         """The text model that reads the teacher's prompt, and how the prompt is rendered. None for teachers
-        of images and teachers outside this process. student: the student's model and how its prompts are
-        rendered.
+        of images. student: the student's model and how its prompts are rendered.
         """
         return None
 
