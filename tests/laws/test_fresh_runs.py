@@ -110,6 +110,12 @@ def test_a_stale_supply_is_sampled_again_at_most_every_so_often(
     assert discarded == summary["tokens_discarded"] > 0
 
 
+def test_without_staleness_nothing_is_refreshed_or_counted(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("fresh", steps=3, max_staleness=0, task=CHAT, refresh={"below": 1.0, "every": 1})
+    assert "refreshes" not in done.summary
+    assert not any("tokens_discarded" in row for row in done.rows("metrics"))
+
+
 def test_fresh_batches_are_not_refreshed(tiny_run: Callable[..., Any], student: str) -> None:
     done = tiny_run("fresh", **STALE, learner=slow(student), refresh={"below": 0.0, "every": 1})
     assert done.summary["refreshes"] == 0

@@ -18,12 +18,13 @@ from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.credit.freshness import Freshness, freshness, weight
 from reflux.errors import ConfigError
-from reflux.metrics.values import EffectiveShare
+from reflux.metrics.values import EffectiveShare, jsonable
 from reflux.models.flow.sde import kl_weight
 from reflux.teachers.collection import Teachers
 from reflux.types import (
     Attempt,
     FlowRollout,
+    HiddenTarget,
     Prompt,
     SampledTarget,
     TeacherAnswer,
@@ -204,6 +205,22 @@ def test_teachers_measure_the_new_answer_from_the_old_one() -> None:
     asyncio.run(Teachers({}, Requirements(), tiny.services()).follow_up([[again]]))
 
 
+def test_the_drift_of_hidden_states_is_exact_and_never_below_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken = tiny.rollout(5, seed=3)
+    models = [tiny.learner(tiny.net(seed)).model for seed in (1, 2)]
+    one, other = (tiny.hidden(model, spoken) for model in models)
+    p_TV, q_TV = (
+        tiny.HEADS[each.head].logits(each.h_TH).double().softmax(-1).detach().cpu().numpy()
+        for each in (one, other)
+    )
+    found = one.drift_T(other, spoken, tiny.HEADS)
+    np.testing.assert_allclose(found, (p_TV * np.log(p_TV / q_TV)).sum(1), atol=1e-5)
+    assert one.drift_T(SampledTarget(teacher="main", logp_T=spoken.logp_T), spoken, tiny.HEADS) is None
+    # Sums over a large vocabulary round to numbers below 0.
+    monkeypatch.setattr(HiddenTarget, "kl_T", lambda *_: np.array([-1e-5, 0.5]))
+    assert one.drift_T(other, spoken, tiny.HEADS).tolist() == [0.0, 0.5]
+
+
 def unanswered() -> Attempt:
     made = attempt(logp(1, 2), logp(2, 2), [0, 1])
     made.answers["main"] = TeacherAnswer(error="timeout", previous=made.answers["main"].target)
@@ -291,6 +308,7 @@ def test_the_effective_share_is_the_effective_sample_size_over_the_number() -> N
     assert (one + other).value == pytest.approx(sum(weights) ** 2 / sum(w**2 for w in weights) / 4)
     assert EffectiveShare.of(0.0).value == 0
     assert EffectiveShare().value is None
+    assert jsonable({"effective": EffectiveShare.of(0.4)}) == {"effective": 1.0}
 
 
 # --- what is refused
@@ -326,3 +344,10 @@ def test_settings_that_cannot_work(
         return
     with pytest.raises(ConfigError, match=words):
         checks.join(cfg)
+
+
+def test_a_refresh_without_staleness_is_said_to_have_no_effect(student: str, teacher: str) -> None:
+    words = "refresh has no effect at max_staleness = 0"
+    for max_staleness in (0, 2):
+        cfg = tiny.config("fresh", student, teacher, max_staleness=max_staleness)
+        assert any(words in text for text in checks.warnings(cfg)) == (max_staleness == 0)
