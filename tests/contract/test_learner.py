@@ -370,6 +370,11 @@ def test_observe_gives_the_student_of_now(student: str, teacher: str) -> None:
     for requirements, ids_TK in (
         (Requirements(now_topk=3), logp_TV.topk(3).indices),
         (Requirements(now_at_behaviour=True, behaviour=4), torch.from_numpy(listed)),
+        # a teacher is asked at the student's own tokens, and as many are compared as were listed
+        (
+            Requirements(now_at_behaviour=True, behaviour=4, now_topk=3, now_candidates=3),
+            logp_TV.topk(4).indices,
+        ),
     ):
         made = attempt(replace(spoken, behaviour=behaviour) if requirements.now_at_behaviour else spoken)
         learner.context = tiny.context(requirements)

@@ -70,6 +70,27 @@ def test_stale_attempts_weigh_less_and_their_lag_is_measured(
     assert "refreshes" not in done.summary
 
 
+def test_a_rule_about_the_tokens_that_are_likely_now_sees_these(
+    tiny_run: Callable[..., Any], student: str
+) -> None:
+    """Freshness compares lists that differ then, and the margins are those of the run without it."""
+    release = {"candidates": "now", "segments": 1, "min_segments": 2, "min_side": 1, "min_gain": -9.0}
+    neutral = {"alpha": 0.01, "beta": 0.0, "lag_power": 0.0, "floor": 0.0, "k": 1}
+    settings = {**STALE, "steps": 4, "learner": {**slow(student), "lr": 1e-6}, "refresh": "none"}
+    alone, both = (
+        tiny_run("fresh", **settings, credit={"release": release, "freshness": rule})
+        for rule in ("none", neutral)
+    )
+    margins = [
+        [row["detail"]["release"]["margins"] for row in done.rows("attempts") if row["kind"] == "learned"]
+        for done in (alone, both)
+    ]
+    for one, other in zip(*margins, strict=True):
+        assert one == pytest.approx(other, abs=2e-3)
+    assert freshness(both)[2]["aligned"] == 1
+    assert freshness(both)[2]["rollout_drift"] > 0
+
+
 def test_without_drift_coefficients_only_the_lag_counts(tiny_run: Callable[..., Any], student: str) -> None:
     rule = {"freshness": {"alpha": 0.0, "beta": 0.0, "floor": 0.0}}
     done = tiny_run("fresh", **STALE, learner=slow(student), refresh="none", credit=rule)

@@ -20,21 +20,6 @@ def problems(cfg: RunConfig) -> Iterator[str]:
         if rule.requirements.reward and not cfg.rewards:
             yield f"{where} needs rewards. Add [rewards.verifier]."
     yield from _refresh(cfg)
-    yield from _two_lists(cfg)
-
-
-def _two_lists(cfg: RunConfig) -> Iterator[str]:
-    """The current student is observed at one list of tokens."""
-    then, now = (
-        [name for name, rule in cfg.credit.items() if wants(rule.requirements)]
-        for wants in (lambda each: each.now_at_behaviour, lambda each: each.now_candidates)
-    )
-    if then and now:
-        yield (
-            f"credit.{then[0]} needs the current student's log-probs at the tokens that were likely when it "
-            f"sampled, and credit.{now[0]} those at the tokens that are likely now. One list is computed. "
-            f'Use credit.{now[0]}.candidates = "behaviour", or credit.{then[0]}.drift = "sampled".'
-        )
 
 
 def _refresh(cfg: RunConfig) -> Iterator[str]:

@@ -13,7 +13,8 @@ class Requirements:
 
     # k of the top-k log-probs of the policy that sampled; 0: not required. For flows: its velocities
     behaviour: int = 0
-    # the current student's log-probs at the token ids of `behaviour`
+    # the current student's log-probs at the token ids of `behaviour`; with `now_candidates` at as many of its
+    # own likeliest
     now_at_behaviour: bool = False
     # k of the current student's top-k log-probs; 0: not required
     now_topk: int = 0

@@ -83,10 +83,12 @@ class Freshness(CreditPart):
     makes a small step.
 
     `drift` exact: D_roll from the `k` most likely tokens of the policy that sampled and one bucket for all
-    others, at most the full KL and equal to it where `k` covers the vocabulary. sampled: the mean of rho log
-    rho - rho + 1 with rho = p_now / p_then of the sampled token, which needs no lists and is noisy; its mean
-    is the KL only where tokens are sampled at temperature 1 and top_p 1. Images have "exact" alone, from
-    their velocities. `rescale` divides the weight by 1 - `floor`, so that a fresh attempt weighs 1.
+    others, at most the full KL and equal to it where `k` covers the vocabulary. Beside a rule that asks the
+    teacher about the current student's own tokens, D_roll is a lower bound from the lists of both students.
+    sampled: the mean of rho log rho - rho + 1 with rho = p_now / p_then of the sampled token, which needs no
+    lists and is noisy; its mean is the KL only where tokens are sampled at temperature 1 and top_p 1. Images
+    have "exact" alone, from their velocities. `rescale` divides the weight by 1 - `floor`, so that a fresh
+    attempt weighs 1.
 
     An attempt without an answer of the teacher that was asked, or without a finite drift, has weight 0. With
     `lag_power`, `alpha`, `beta` and `floor` all 0 every other weight is 1 (neutral), and so is it at lag 0

@@ -17,26 +17,23 @@ if TYPE_CHECKING:
 
 
 def observed(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, TopKTarget]]:
-    """The current student's log-probs at each attempt's positions: if a part of the recipe requires this, at
-    the top-k ids that were recorded at sampling (`rollout.behaviour`), otherwise at the current student's own
-    top-k ids. Attempts of the current student are left out where no part requires its own top-k ids, because
-    `behaviour` has their log-probs.
+    """The current student's log-probs at each attempt's positions: where a teacher is asked at them
+    (`now_candidates`), at the current student's own top-k ids; otherwise, if a part requires this, at the
+    top-k ids that were recorded at sampling (`rollout.behaviour`). Attempts of the current student are left
+    out where no part requires its own top-k ids, because `behaviour` has their log-probs.
     """
     requirements = learner.context.requirements
+    k, at_behaviour = requirements.now_topk, requirements.now_at_behaviour
+    if k and at_behaviour:
+        # The two lists are compared, so the own one is no shorter.
+        k = max(k, requirements.behaviour)
     for attempt, h_TH, tokens_T in states(learner, stale(learner, groups)):
         behaviour = attempt.rollout.behaviour
-        k = (
-            0
-            if requirements.now_at_behaviour and isinstance(behaviour, TopKTarget)
-            else requirements.now_topk
-        )
-        ids_TK = (
-            torch.from_numpy(behaviour.ids_TK).to(h_TH.device)
-            if isinstance(behaviour, TopKTarget) and not k
-            else None
-        )
-        if k or ids_TK is not None:
-            yield attempt, _listed(learner, h_TH, tokens_T, ids_TK, k)
+        if at_behaviour and not requirements.now_candidates and isinstance(behaviour, TopKTarget):
+            ids_TK = torch.from_numpy(behaviour.ids_TK).to(h_TH.device)
+            yield attempt, _listed(learner, h_TH, tokens_T, ids_TK, 0)
+        elif k:
+            yield attempt, _listed(learner, h_TH, tokens_T, None, k)
 
 
 def stale(learner: Any, groups: Sequence[Group]) -> list[Group]:
