@@ -72,6 +72,8 @@ class FakeVLLM:
     max_model_len: int = 512
     eos: int = 1
     token: str | None = None
+    # the names that requests may give
+    models: set[str] = field(default_factory=lambda: {"m", "adapter"})
     faults: deque[str] = field(default_factory=deque)
     always: str = ""
     # every answer comes so much later
@@ -133,7 +135,7 @@ class FakeVLLM:
 
     def generate(self, body: Any, fault: str) -> Any:
         ids, params = body["token_ids"], body["sampling_params"]
-        if "model" in body and body["model"] not in ("m", "adapter"):
+        if "model" in body and body["model"] not in self.models:
             raise Refusal(404, f"The model `{body['model']}` does not exist.")
         if not ids:
             raise Refusal(400, "The prompt is empty")

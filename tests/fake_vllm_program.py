@@ -4,7 +4,8 @@ fake. The model is made of numbers that depend on the weights that were loaded.
 The environment variable FAKE_VLLM holds a JSON object: `calls`, a file that gets one line for each request;
 `pids`, a file that gets the process ids of the server and its worker; `faults`, a table from the path of a
 request to what happens at it, each once in the life of all servers that share the file `calls`: "exit" ends
-the process at once, "error" is status 500; `start`, "fails" for a server that does not start.
+the process at once, "error" is status 500; `start`, "fails" for a server that ends at its start, "silent" for
+one that never answers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -90,12 +92,13 @@ def main(arguments: list[str]) -> None:
     if told.get("start") == "fails":
         raise SystemExit("Unsupported model")
     given = dict(pairwise(arguments))
+    silent = told.get("start") == "silent"
     worker = subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE)
     assert worker.stdout is not None
     worker.stdout.readline()
     with open(told["pids"], "a") as file:
         file.write(f"{os.getpid()} {worker.pid}\n")
-    with serving(ProgramFake(told, given), port=int(given["--port"])):
+    with nullcontext() if silent else serving(ProgramFake(told, given), port=int(given["--port"])):
         time.sleep(600)
 
 

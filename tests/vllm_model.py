@@ -24,7 +24,6 @@ class ModelFake(FakeVLLM):
         self.model_lock = threading.RLock()
         super().__init__(states=self.hidden_states, head_VH=self.head(), label="default")
         self.max_logprobs = 10_000
-        self.adapters: dict[str, str] = {}
         # of an update in progress
         self.updating = self.broken = False
         self.paused = self.asleep = False
@@ -83,6 +82,8 @@ class ModelFake(FakeVLLM):
             self.paused = path == "/pause"
         elif path in ("/sleep", "/wake_up"):
             self.asleep = path == "/sleep"
+        elif path == "/v1/load_lora_adapter":
+            self.models.add(body["lora_name"])
         else:
             return None
         return {}

@@ -87,6 +87,16 @@ def test_files_hold_the_names_of_the_checkpoint(student: Path, tmp_path: Path) -
     assert server.calls[1][2] == 2
 
 
+def test_only_the_tied_head_may_be_given_beside_the_files(student: Path, tmp_path: Path) -> None:
+    state = tiny.net(6).cpu().state_dict()
+    assert "lm_head.weight" in state
+    delivery = FileDelivery(tmp_path, Layout.of(student), torch.float32)
+    delivery.take(InMemory.of(state, 1))
+    foreign = {"model.other.weight": state["model.norm.weight"]}
+    with pytest.raises(ModelError, match=r"model\.other\.weight is not in its files"):
+        delivery.take(InMemory.of({**state, **foreign}, 2))
+
+
 def test_a_full_disk_is_told(student: Path, tmp_path: Path) -> None:
     delivery = FileDelivery(tmp_path / "missing", Layout.of(student), torch.float32)
     (tmp_path / "missing").mkdir()

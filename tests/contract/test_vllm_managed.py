@@ -160,6 +160,17 @@ def test_a_colocated_server_sleeps_between_cohorts(
     assert calls.count("/sleep") == 2
 
 
+def test_a_server_that_cannot_sleep_is_replaced_by_one_that_does(
+    folder: str, tmp_path: Path, undisturbed: list[TokenRollout]
+) -> None:
+    """Its memory is the learner's while the student learns."""
+    python = fake_python(tmp_path, {"/sleep": {0: "error"}})
+    rollouts, notes = opened(folder, python, two_steps, mode="colocated")
+    assert tokens(rollouts) == tokens(undisturbed)
+    assert sum("is started again" in note for note in notes) == 1
+    assert python.calls().count("/sleep") == 3
+
+
 def test_weights_that_were_dropped_come_again(folder: str, tmp_path: Path) -> None:
     async def act(sampler: Any) -> Any:
         await sampler.publish(published(tiny.net(6).cpu(), 1), 1)

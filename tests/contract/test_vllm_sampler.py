@@ -21,10 +21,10 @@ from reflux.config.context import Generation
 from reflux.config.registry import build
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import SamplingParams
-from reflux.errors import BadAnswer, DataError, ModelError, ServerError
+from reflux.errors import BadAnswer, ConfigError, DataError, ModelError, ServerError
 from reflux.models.rng import row_key
 from reflux.runtime.services import Services
-from reflux.runtime.weights import InMemory
+from reflux.runtime.weights import AdapterWeights, InMemory
 from reflux.tasks.word_problems import WordProblems
 from reflux.types import Prompt, TokenRollout
 from tiny import END
@@ -414,3 +414,72 @@ def test_an_aborted_request_is_sent_again(folder: str, tmp_path: Path) -> None:
     assert aborted[0] > len(again)
     for one, other in zip(plain, again, strict=True):
         np.testing.assert_array_equal(one.tokens_T, other.tokens_T)
+
+
+# --- adapters
+
+
+def adapted(folder: str, version: int) -> InMemory:
+    """A student with a new adapter, which changes no number of the model."""
+    from reflux.models import lora
+    from reflux.models.settings import Lora
+    from reflux.models.text import load_model
+
+    model = load_model(folder, "model", dtype="float32", device="cpu")
+    lora.attach(model, Lora(rank=2, alpha=4.0), seed=1)
+    config = lora.adapter_config(model.net)
+    assert config is not None
+    adapter = AdapterWeights(config, lambda: lora.adapter_tensors(model.net))
+    return InMemory(version, lambda: lora.full_weights(model.net), adapter=adapter)
+
+
+def test_requests_name_the_adapter_and_its_version_labels_the_tokens(folder: str, tmp_path: Path) -> None:
+    async def act(sampler: Any) -> Any:
+        await sampler.publish(adapted(folder, 5), 1)
+        fake.served.clear()
+        first = await sample(sampler)
+        named = {body["model"] for body in fake.bodies()}
+        await sampler.publish(adapted(folder, 6), 2)
+        return first, named, await sample(sampler)
+
+    with server(folder) as fake:
+        first, named, second = opened(folder, tmp_path, act, fake.url, max_tokens=12, lora_rank=2)
+        assert "/pause" not in fake.paths()
+    assert named == {"reflux-version5"}
+    assert [rollout.version for rollout in (*first, *second)] == [5] * 6 + [6] * 6
+
+
+def test_a_temperature_is_refused_where_the_server_has_adapters(folder: str, tmp_path: Path) -> None:
+    async def act(sampler: Any) -> None:
+        await sampler.publish(adapted(folder, 1), 1)
+        await sample(sampler, SamplingParams(0, "eval", 12, 0.7))
+
+    with server(folder) as fake, pytest.raises(ConfigError, match=r"temperature of 0\.7 .* Remove lora_rank"):
+        opened(folder, tmp_path, act, fake.url, lora_rank=2)
+
+
+# --- answers that no working server gives
+
+
+def test_a_token_beyond_the_tokenizer_is_refused(folder: str, tmp_path: Path) -> None:
+    """Models have padding rows in their outputs."""
+    with server(folder) as fake:
+        whole = fake.choice
+
+        def choice(ids: Any, params: Any, fault: Any) -> Any:
+            made = whole(ids, params, fault)
+            made["token_ids"][0] = made["logprobs"]["content"][0]["token_id"] = 102
+            return made
+
+        fake.choice = choice  # type: ignore[method-assign]
+        with pytest.raises(ModelError, match="sampled token 102, and the tokenizer has 102"):
+            opened(folder, tmp_path, sample, fake.url, max_tokens=12)
+
+
+def test_a_server_that_labels_nothing_is_refused(folder: str, tmp_path: Path) -> None:
+    async def act(sampler: Any) -> None:
+        fake.label = None
+        await sample(sampler)
+
+    with server(folder) as fake, pytest.raises(BadAnswer, match="does not tell which weights"):
+        opened(folder, tmp_path, act, fake.url, max_tokens=12)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +24,13 @@ from reflux.clients import http
 from reflux.config.registry import build
 from reflux.config.requirements import Requirements
 from reflux.contexts.base import TeacherPrompt
-from reflux.errors import ConfigError, ModelError, ServerError
+from reflux.errors import BadAnswer, ConfigError, ModelError, ServerError
 from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.models.head_files import load_head
 from reflux.models.text import Model, load_model
+from reflux.teachers.answer_cache import AnswerCache
 from reflux.teachers.base import TeacherRequest, plain_requests
+from reflux.teachers.served import refuse_broken
 from reflux.types import GivenTarget, HiddenTarget, SampledTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 K = 5
@@ -300,6 +304,28 @@ def test_a_wrong_answer_is_no_target_and_is_counted(
     assert counted == (3, 1)
 
 
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"logp_T": [0.5, -1.0]}, "above 0"),
+        ({"logp_T": [-1.0, np.nan]}, "not numbers"),
+        ({"h_TH": [[1.0, np.inf]]}, "not numbers"),
+        ({"logp_T": [-1.0], "ids_TK": [[1, 102]], "logp_TK": [[-1.0, -2.0]]}, "not in the vocabulary"),
+        ({"logp_T": [-1.0], "ids_TK": [[-1, 2]], "logp_TK": [[-1.0, -2.0]]}, "not in the vocabulary"),
+        ({"logp_T": [-1.0], "ids_TK": [[1, 2]], "logp_TK": [[-0.1, -0.2]]}, "a sum above 1"),
+        ({"logp_TK": [[-3.0, -3.0], [-3.0, -3.0]]}, "the same probability"),
+    ],
+)
+def test_numbers_that_no_model_gives_are_refused(arrays: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadAnswer, match=words):
+        refuse_broken({name: np.asarray(values) for name, values in arrays.items()}, 102)
+
+
+def test_numbers_of_a_certain_model_are_accepted() -> None:
+    for values in ([0.0, 0.0], [-np.inf, -1.0], [-3.0]):
+        refuse_broken({"logp_T": np.asarray(values)}, 102)
+
+
 def test_above_a_share_of_failures_the_run_stops(fake: FakeVLLM, teacher: str) -> None:
     async def use(opened: Any) -> None:
         fake.always = "nan"
@@ -308,6 +334,19 @@ def test_above_a_share_of_failures_the_run_stops(fake: FakeVLLM, teacher: str) -
         await opened.score(requests_of(attempts(1)))
 
     with pytest.raises(ModelError, match=r"3 of 3 attempts.*max_failed_share is 0\.1.*not numbers"):
+        opened(part(teacher, fake.url), use)
+
+
+def test_a_share_of_many_attempts_may_fail(fake: FakeVLLM, teacher: str) -> None:
+    async def use(opened: Any) -> None:
+        # so many had an answer
+        opened.asked = 30
+        fake.always = "nan"
+        three = await opened.score(requests_of(attempts(3)))
+        assert [answer.target for answer in three] == [None] * 3
+        await opened.score(requests_of(attempts(1)))
+
+    with pytest.raises(ModelError, match="4 of 34 attempts"):
         opened(part(teacher, fake.url), use)
 
 
@@ -364,7 +403,14 @@ def test_requests_are_spread_and_a_lost_server_is_replaced(model: Model, teacher
             many = await opened.score(requests_of(attempts(6)))
             spread = [len(one.served) - before for one, before in zip((first, second), asked, strict=True)]
             first.always = "error"
-            return many, spread, await opened.score(requests_of(attempts(3)))
+            later = await opened.score(requests_of(attempts(3)))
+            # A server that failed is asked last from then on.
+            known = len(first.served)
+            later += await opened.score(requests_of(attempts(3)))
+            assert len(first.served) == known
+            second.always = "error"
+            first.always = ""
+            return many, spread, later + await opened.score(requests_of(attempts(3)))
 
         many, spread, later = opened(part(teacher, [first.url, second.url]), use)
     assert min(spread) >= 2
@@ -372,8 +418,16 @@ def test_requests_are_spread_and_a_lost_server_is_replaced(model: Model, teacher
 
 
 def test_servers_with_other_weights_or_versions_are_refused(model: Model, teacher: str) -> None:
-    other = load_model("reflux:student", "model", dtype="float32", device="cpu")
+    other, broken = load_model("reflux:student", "model", dtype="float32", device="cpu"), fake_vllm_of(model)
+    # vLLM's number for NaN
+    broken.prompt_logprobs = (
+        lambda ids, params, fault: [  # type: ignore[method-assign]
+            None,
+            *({str(token): {"logprob": -9999.0, "rank": None}} for token in ids[1:]),
+        ]
+    )
     for unlike, words in (
+        (broken, "differ by up to nan nats, so they do not have the same weights"),
         (fake_vllm_of(other), "do not have the same weights"),
         (fake_vllm_of(model, label="2"), "weight versions"),
         (fake_vllm_of(model, hidden=False), "hidden states"),
@@ -384,6 +438,17 @@ def test_servers_with_other_weights_or_versions_are_refused(model: Model, teache
             pytest.raises(ModelError, match=words),
         ):
             answers_of(part(teacher, [one.url, two.url]), attempts(1))
+
+
+def test_groups_that_are_scored_beside_each_other_count_their_time_once(fake: FakeVLLM, teacher: str) -> None:
+    async def use(opened: Any) -> tuple[float, float]:
+        fake.delay_s = 0.3
+        began = time.perf_counter()
+        groups = await asyncio.gather(*(opened.score(requests_of([one])) for one in attempts(4)))
+        return time.perf_counter() - began, sum(answer.seconds for group in groups for answer in group)
+
+    wall, told = opened(part(teacher, fake.url), use)
+    assert 0.3 <= told <= wall
 
 
 # --- answers on disk
@@ -401,10 +466,50 @@ def test_kept_answers_are_used_again(fake: FakeVLLM, teacher: str, tmp_path: Pat
     for one, other in zip(first, again, strict=True):
         name = "h_TH" if gives == "hidden" else "logp_T"
         np.testing.assert_array_equal(getattr(one.target, name), getattr(other.target, name))
-    # another text, and another list of the student
+    # another text
     fake.served.clear()
     answers_of(made, [*attempts(), tiny.rollout(4, seed=77)])
     assert len(fake.bodies()) == probing + 1
+    # another list of the student
+    (one, *_) = attempts()
+    assert isinstance(one.behaviour, TopKTarget)
+    listed = replace(one.behaviour, ids_TK=(one.behaviour.ids_TK + 1) % 102)
+    (answer,) = answers_of(made, [replace(one, behaviour=listed)])
+    assert (answer.positions_read > 0) == (gives == "student_topk")
+    assert type(answer.target) is not GivenTarget or np.array_equal(answer.target.ids_TK, listed.ids_TK)
+
+
+def test_an_answer_is_kept_for_one_way_of_asking_and_one_version(
+    fake: FakeVLLM, teacher: str, tmp_path: Path
+) -> None:
+    def read(model: str = teacher, **fields: Any) -> int:
+        made = part(model, fake.url, cache=str(tmp_path / "kept"), **fields)
+        return answers_of(made, attempts(1))[0].positions_read
+
+    ways: list[dict[str, Any]] = [
+        {"gives": "sampled"},
+        {"gives": "sampled", "adapter": "adapter"},
+        {"gives": "hidden"},
+        {"gives": "student_topk"},
+        {"gives": "teacher_topk", "k": 4},
+        {"gives": "teacher_topk", "k": 5},
+        {"gives": "sampled", "model": str(shutil.copytree(teacher, tmp_path / "copy"))},
+    ]
+    assert all(read(**way) for way in ways)
+    assert not any(read(**way) for way in ways)
+    fake.label = "2"
+    assert all(read(**way) for way in ways)
+
+
+def test_the_name_of_a_kept_answer_says_what_was_asked(tmp_path: Path) -> None:
+    """Each way to ask about some tokens has its own name, also where the numbers are the same in a row."""
+    cache = AnswerCache(tmp_path, ("a", "b"))
+    lists = [None, np.ones((2, 1)), np.ones((1, 2)), np.ones((2, 2)), np.zeros((2, 1))]
+    asked = list(product(([3, 4, 5], [3, 4, 6]), (1, 2), lists))
+    names = [cache.key(*one) for one in asked]
+    names += [AnswerCache(tmp_path, settings).key(*asked[0]) for settings in (("a", "c"), ("ab", ""), ("a",))]
+    assert len(set(names)) == len(names)
+    assert cache.key(*asked[0]) == names[0]
 
 
 def test_a_damaged_file_is_asked_for_again(fake: FakeVLLM, teacher: str, tmp_path: Path) -> None:
@@ -450,6 +555,8 @@ def test_a_wrong_answer_is_not_kept(fake: FakeVLLM, teacher: str, tmp_path: Path
 
     wrong, right = opened(part(teacher, fake.url, cache=str(tmp_path)), use)
     assert (wrong.target, right.error) == (None, None)
+    assert right.positions_read > 0
+    assert np.isfinite(right.target.logp_T).all()
 
 
 def test_answers_of_other_weights_under_the_same_label_are_refused(
@@ -536,10 +643,15 @@ def test_of_a_hub_model_only_the_file_with_the_head_is_fetched(
         return str(tmp_path / "hub" / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr(
-        "transformers.AutoConfig.from_pretrained", lambda name: net.config if name == "me/model" else None
-    )
-    head = load_head("me/model", "head", 102, "cpu")
+    read: list[tuple[str, bool]] = []
+
+    def config(name: str, trust_remote_code: bool) -> Any:
+        read.append((name, trust_remote_code))
+        return net.config
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", config)
+    head = load_head("me/model", "head", 102, "cpu", trust_remote_code=True)
+    assert read == [("me/model", True)]
     h_NH = torch.randn(3, 32)
     torch.testing.assert_close(head.logits(h_NH), net.lm_head(h_NH).detach().cpu())
     assert len({*fetched}) == 2

@@ -189,10 +189,10 @@ async def struck(real: Real, victim: str, number: int, wait_s: float) -> tuple[l
     # vLLM may hang, and then only a time-out tells it.
     server.requests._http.timeout = httpx2.Timeout(20.0)
     asking = asyncio.create_task(sample(real, n=16))
-    while not real.sampler._flying:
+    while not real.sampler.flying.calls:
         await asyncio.sleep(0.001)
     await asyncio.sleep(wait_s)
-    assert real.sampler._flying
+    assert real.sampler.flying.calls
     os.kill(process_of(pid, victim), number)
     rollouts = await asking
     assert real.sampler.served.supervisor.replaced == before + 1

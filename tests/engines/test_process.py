@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from processes import alive, wait_for
+from reflux.engines import process, watcher
 from reflux.engines.process import ServerProcess
 
 # A server with a worker in its group and one that has left it. Both ignore SIGTERM. The server and the
@@ -56,6 +57,10 @@ async def main():
     weights = folder / "weights"
     weights.mkdir()
     await ServerProcess.start(command, os.environ, folder / "log", folder=weights)
+    if sys.argv[3] == "forked":
+        child = os.fork()
+        if child:
+            (folder / "child").write_text(str(child))
     await asyncio.sleep(600)
 
 asyncio.run(main())
@@ -80,6 +85,8 @@ def cleaning(tmp_path: Path) -> Iterator[None]:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
         shared_memory(tmp_path).unlink(missing_ok=True)
+    if (tmp_path / "child").is_file():
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 
 async def family(folder: Path, kind: str = "kind", grace_s: float = 0.5) -> tuple[ServerProcess, list[int]]:
@@ -135,13 +142,17 @@ def test_a_server_that_is_killed_leaves_no_worker(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cleaning")
-def test_a_library_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["alone", "forked"])
+def test_a_library_that_is_killed_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    """Also where a fork of it, such as a worker that loads data, holds its pipe to the watcher open."""
     library = subprocess.Popen(
-        [sys.executable, "-c", LIBRARY, FAMILY, str(tmp_path)],
+        [sys.executable, "-c", LIBRARY, FAMILY, str(tmp_path), kind],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     pids = pids_in(tmp_path)
     assert (tmp_path / "weights").is_dir()
+    if kind == "forked":
+        wait_for((tmp_path / "child").is_file)
     library.kill()
     library.wait()
     wait_for(lambda: not any(map(alive, pids)))
@@ -162,6 +173,57 @@ def test_a_watcher_that_is_killed_takes_the_group_along(tmp_path: Path) -> None:
     pids = asyncio.run(act())
     wait_for(lambda: not any(map(alive, pids[:2])))
     os.kill(pids[2], signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("cleaning")
+def test_signals_to_the_library_do_not_reach_the_watcher(tmp_path: Path) -> None:
+    async def act() -> None:
+        server, pids = await family(tmp_path)
+        assert os.getsid(server._watching.pid) == server._watching.pid
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(server._watching.pid, number)
+        await asyncio.sleep(0.5)
+        assert server.running
+        assert all(map(alive, pids))
+        await server.kill()
+
+    asyncio.run(act())
+
+
+@pytest.mark.usefixtures("cleaning")
+def test_a_watcher_that_hangs_is_killed_with_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_MARGIN_S", 0.2)
+
+    async def act() -> list[int]:
+        server, pids = await family(tmp_path, "deaf", grace_s=0.1)
+        os.kill(server._watching.pid, signal.SIGSTOP)
+        await server.stop()
+        assert not alive(server._watching.pid)
+        return pids
+
+    pids = asyncio.run(act())
+    wait_for(lambda: not any(map(alive, pids[:2])))
+    os.kill(pids[2], signal.SIGKILL)
+
+
+def test_shared_memory_of_a_process_that_ended_meanwhile_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is looked at again and again."""
+    code = (
+        "import os, time; from multiprocessing.shared_memory import SharedMemory; "
+        "memory = SharedMemory(create=True, size=4096); time.sleep(1.5); os._exit(0)"
+    )
+    reading, writing = os.pipe()
+    monkeypatch.setattr(watcher, "_SHARED_LOOK_S", 0.0)
+    shared: set[str] = set()
+    with open(reading) as silent, open(writing, "w"):
+        monkeypatch.setattr(sys, "stdin", silent)
+        server = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+        assert watcher._watch(server, os.getppid(), shared) == "ended"
+    (path,) = shared
+    # Its process did not remove it.
+    Path(path).unlink(missing_ok=True)
 
 
 def test_a_command_that_does_not_exist(tmp_path: Path) -> None:

@@ -44,12 +44,12 @@ asyncio.run(main())
 """
 
 
-async def started(python: FakePython, folder: Path, **more: Any) -> VLLMServer:
+async def started(python: FakePython, folder: Path, start_timeout_s: float = 100, **more: Any) -> VLLMServer:
     settings = ServerSettings(
         installed=installed_in(python.path, "sampler.python"), model="m", dtype="float32", **more
     )
     return await VLLMServer.started(
-        settings, folder / "log", folder=None, concurrency=4, timeout_s=100, start_timeout_s=100
+        settings, folder / "log", folder=None, concurrency=4, timeout_s=100, start_timeout_s=start_timeout_s
     )
 
 
@@ -132,6 +132,15 @@ def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
         ServerError, match=r"ended while it started \(exit status 1\)[\s\S]*Unsupported model"
     ):
         asyncio.run(started(fake_python(tmp_path, start="fails"), tmp_path))
+
+
+def test_a_server_that_never_answers_is_ended(tmp_path: Path) -> None:
+    python = fake_python(tmp_path, start="silent")
+    words = r"did not answer within 10 s\. Raise sampler\.start_timeout_s[\s\S]*arguments: "
+    with pytest.raises(ServerError, match=words):
+        asyncio.run(started(python, tmp_path, start_timeout_s=10))
+    assert len(python.processes()) == 2
+    assert not any(map(alive, python.processes()))
 
 
 def test_requests_in_flight_do_not_keep_a_paused_server_from_its_control(tmp_path: Path) -> None:

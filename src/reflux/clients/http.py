@@ -23,6 +23,7 @@ from tenacity import (
     stop_all,
     wait_random_exponential,
 )
+from tenacity.stop import StopBaseT
 
 from reflux.errors import ConfigError, ServerError, ServerRefused
 
@@ -82,7 +83,8 @@ class JsonServer:
         tries: int = 3,
         token_variable: str | None = None,
     ):
-        self.url, self.patience_s, self.tries = checked_url(url), patience_s, tries
+        self.url = checked_url(url)
+        self._patient = stop_all(stop_after_attempt(tries), stop_after_delay(patience_s))
         self.token_variable = token_variable
         self.traffic = Traffic()
         self._turn = asyncio.Semaphore(concurrency)
@@ -105,7 +107,7 @@ class JsonServer:
 
     async def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
         """The JSON that the server gives at `path`; a text if it is no JSON. Errors as in `post`."""
-        return await self._sent("GET", path, None, query or {}, self.tries)
+        return await self._sent("GET", path, None, query or {}, self._patient)
 
     async def post(
         self,
@@ -120,16 +122,21 @@ class JsonServer:
 
         Raises ServerRefused for a mistake in the request, and ServerError if the server gave no answer.
         """
-        return await self._sent("POST", path, body or {}, query or {}, self.tries if replay else 0)
+        stop = self._patient if replay else stop_after_attempt(1)
+        return await self._sent("POST", path, body or {}, query or {}, stop)
 
     async def _sent(
-        self, method: Method, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str], tries: int
+        self,
+        method: Method,
+        path: str,
+        body: Mapping[str, Any] | None,
+        query: Mapping[str, str],
+        stop: StopBaseT,
     ) -> Any:
-        """tries: 0 for a request that is sent once."""
-        patient = stop_all(stop_after_attempt(tries), stop_after_delay(self.patience_s))
+        """stop: tells after a failed try whether the request is given up."""
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_Failed),
-            stop=patient if tries else stop_after_attempt(1),
+            stop=stop,
             wait=wait_random_exponential(FIRST_WAIT_S, LONGEST_WAIT_S),
             before_sleep=self._count_replay,
             reraise=True,

@@ -83,22 +83,21 @@ class ServerProcess:
         await self._tell(b"kill\n", _MARGIN_S)
 
     async def _tell(self, line: bytes, seconds: float) -> None:
-        """The watcher ends the server. After `seconds` the group is ended from here."""
+        """The watcher ends the server. If it has not done so after `seconds`, it is killed, and the group is
+        ended from here.
+        """
         assert self._watching.stdin is not None
         if not self.running:
             return
         with suppress(ConnectionError):
             self._watching.stdin.write(line)
             await self._watching.stdin.drain()
-        with suppress(TimeoutError):
+        try:
             await asyncio.wait_for(self.ended.wait(), seconds)
-        self._end_group()
-        await self.ended.wait()
-
-    def _end_group(self) -> None:
-        if self.running:
+        except TimeoutError:
             with suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+                self._watching.kill()
+            await self.ended.wait()
 
     def tail(self) -> str:
         """The last lines of the log."""
@@ -111,7 +110,8 @@ class ServerProcess:
         event = await self._event()
         if event is None:
             # The watcher was killed, so nothing else ends the group.
-            self._end_group()
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
         else:
             self.code = event["ended"]
         # The pipe to the watcher is closed, or the event loop would warn of it at its end.

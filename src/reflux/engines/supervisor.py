@@ -40,7 +40,7 @@ class Supervisor:
         """The server with its current state, once no change is in progress. ServerError if there is none."""
         async with self._changing:
             if not self._current.running:
-                await self._replace("it ended")
+                await self._replace("it ended.")
             return self._current
 
     async def lost(self, server: VLLMServer, error: ServerError) -> None:
@@ -60,7 +60,7 @@ class Supervisor:
         async with self._changing:
             server = self._current
             if not server.running:
-                return await self._replace("it ended")
+                return await self._replace("it ended.")
             try:
                 await act(server)
             except ServerError as error:

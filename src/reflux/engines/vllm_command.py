@@ -67,8 +67,6 @@ class ServerSettings:
     # the largest rank of a LoRA adapter; 0: no adapters
     lora_rank: int = 0
     trust_remote_code: bool = False
-    # "processed_logprobs": under the distribution that was sampled from; "raw_logprobs": of the model
-    logprobs: str = "processed_logprobs"
     # further arguments of vLLM's server
     arguments: tuple[str, ...] = ()
 
@@ -109,7 +107,8 @@ def command(settings: ServerSettings, port: int) -> list[str]:
         *("--model", settings.model, "--served-model-name", SERVED),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", settings.dtype, "--generation-config", "vllm"),
-        *("--logprobs-mode", settings.logprobs, "--max-logprobs", "-1", "--enable-scale-out"),
+        # Log-probs under the distribution that was sampled from.
+        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"),
         *("--weight-transfer-config", json.dumps({"backend": settings.transfer})),
     ]
     if settings.context_tokens:

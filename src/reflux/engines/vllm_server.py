@@ -61,27 +61,28 @@ class VLLMServer:
             f"http://127.0.0.1:{port}", process, concurrency, timeout_s, patience_s=0.0, tries=1
         )
         try:
-            async with asyncio.timeout(start_timeout_s):
-                while not await server.answers():
-                    if not process.running:
-                        break
-                    await asyncio.sleep(_LOOK_S)
-        except TimeoutError:
-            await server.close()
-            raise ServerError(
-                f"the vLLM server did not answer within {start_timeout_s:g} s. Raise "
-                f"sampler.start_timeout_s, or look into {log}, which ends so:\n{process.tail()}"
-            ) from None
+            await server._until_it_answers(process, start_timeout_s)
         except BaseException:
             await server.close()
             raise
-        if not process.running:
-            await server.close()
-            raise ServerError(
-                f"the vLLM server ended while it started (exit status {process.code}). Its log is {log}, "
-                f"which ends so:\n{process.tail()}"
-            )
         return server
+
+    async def _until_it_answers(self, process: ServerProcess, seconds: float) -> None:
+        """ServerError, with the end of the log, if no answer comes within `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                while process.running and not await self.answers():
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            raise ServerError(
+                f"the vLLM server did not answer within {seconds:g} s. Raise sampler.start_timeout_s, or "
+                f"look into {process.log}, which ends so:\n{process.tail()}"
+            ) from None
+        if not process.running:
+            raise ServerError(
+                f"the vLLM server ended while it started (exit status {process.code}). Its log is "
+                f"{process.log}, which ends so:\n{process.tail()}"
+            )
 
     @classmethod
     async def found(

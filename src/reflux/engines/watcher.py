@@ -93,9 +93,8 @@ def _watch(server: subprocess.Popen[bytes], parent: int, shared: set[str]) -> st
 
 def _end_kindly(server: subprocess.Popen[bytes], grace_s: float) -> None:
     server.terminate()
-    until = time.monotonic() + grace_s
-    while server.poll() is None and time.monotonic() < until:
-        time.sleep(_LOOK_S / 4)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(grace_s)
 
 
 def _end_all(server: subprocess.Popen[bytes], shared: set[str]) -> None:

@@ -50,13 +50,13 @@ def _size(count: float) -> str:
 
 def _holds(cfg: RunConfig, seats: list[Seat], student: Size, teachers: Mapping[str, Size]) -> str:
     """What each process holds of weights and optimiser."""
-    seat, size = seats[0], student
+    seat = seats[0]
     each: float | None
     if seat.role == "learner":
         held = ADAM_BYTES if cfg.learner.trains_all else 4
-        each = None if size.parameters is None else size.parameters * held / len(seats)
+        each = None if student.parameters is None else student.parameters * held / len(seats)
     elif seat.role == "sampler":
-        each = None if size.parameters is None else size.parameters * _ITEM.get(cfg.sampler.precision, 4)
+        each = weight_bytes(cfg, student)
     else:
         each = teachers[seat.name].stored_bytes if seat.name in teachers else None
     if each is None:
@@ -71,15 +71,14 @@ def _traffic(
     sent = weight_bytes(cfg, student)
     roles = {seat.role for seat in cluster.seats}
     if "sampler" in roles:
-        size = "weights" if sent is None else f"{_size(sent)} of weights"
-        yield f"a step sends {size} to each machine with samplers"
+        what = "weights" if sent is None else f"{_size(sent)} of weights"
+        yield f"a step sends {what} to each machine with samplers"
     for table in sorted({seat.name for seat in cluster.seats if seat.role == "teacher"}):
-        shape = teachers[table].shape if table in teachers else None
-        stored, count = (teachers[table].stored_bytes, teachers[table].parameters) if shape else (None, None)
-        if shape is None or stored is None or not count:
+        size = teachers.get(table)
+        if size is None or size.shape is None or size.stored_bytes is None or not size.parameters:
             yield f"teacher '{table}' sends its hidden states"
             continue
-        row = shape.width * max(1, round(stored / count))
+        row = size.shape.width * max(1, round(size.stored_bytes / size.parameters))
         yield (f"teacher '{table}' sends {row / 1e3:.3g} kB a position, at most {_size(row * positions)}")
     if "sampler" not in roles and "teacher" not in roles:
         yield "only between the learner's ranks"

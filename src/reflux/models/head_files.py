@@ -21,7 +21,14 @@ HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
-def load_head(name: str, path: str, vocabulary: int, device: str, temperature: float = 1.0) -> Head:
+def load_head(
+    name: str,
+    path: str,
+    vocabulary: int,
+    device: str,
+    temperature: float = 1.0,
+    trust_remote_code: bool = False,
+) -> Head:
     """The output head of the model `name`, a folder or a hub id, on `device`. vocabulary: the number of real
     tokens. temperature: the logits are divided by it.
 
@@ -34,7 +41,8 @@ def load_head(name: str, path: str, vocabulary: int, device: str, temperature: f
     from reflux.kernels.head import Bare, Head, scale_and_cap
 
     files = _Local(name, path) if Path(locate(name, path)).is_dir() else _Hub(name)
-    config = AutoConfig.from_pretrained(files.source).get_text_config()
+    loaded = AutoConfig.from_pretrained(files.source, trust_remote_code=trust_remote_code)
+    config = loaded.get_text_config()
     weight_VH, bias_V = _tensors(files, path, config.tie_word_embeddings)
     if len(weight_VH) < vocabulary:
         raise ModelError(
@@ -93,13 +101,13 @@ def _tensors(files: _Local | _Hub, path: str, tied: bool) -> tuple[Tensor, Tenso
     from safetensors import safe_open
 
     wanted = HEADS + (EMBEDDINGS if tied else ())
-    ends = [(key, end) for end in wanted for key in files.files if key == end or key.endswith(f".{end}")]
-    if not ends:
+    keys = (key for end in wanted for key in files.files if key == end or key.endswith(f".{end}"))
+    key = next(keys, None)
+    if key is None:
         raise ModelError(
             f"{path}: the weights of {files.source} have no output head under a known name "
             f'({", ".join(wanted)}). Use a local teacher, or another value of `gives` than "hidden".'
         )
-    key = ends[0][0]
     found: list[Any] = []
     for name in (key, f"{key.removesuffix('weight')}bias"):
         if name in files.files:

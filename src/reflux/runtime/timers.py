@@ -26,3 +26,22 @@ class Clock:
             taken, self._seconds = self._seconds, {}
         taken["total"], self._last = now - self._last, now
         return {role: round(seconds, 6) for role, seconds in taken.items()}
+
+
+class Overlapping:
+    """The time in which at least one of several calls is in progress: each second of it counts once."""
+
+    def __init__(self) -> None:
+        # calls in progress, and the moment up to which their time was told
+        self.calls, self._told = 0, 0.0
+
+    def begin(self) -> None:
+        if not self.calls:
+            self._told = time.perf_counter()
+        self.calls += 1
+
+    def end(self) -> float:
+        """The seconds since the last `end`, or since the first of the calls in progress began."""
+        self.calls -= 1
+        before, self._told = self._told, time.perf_counter()
+        return self._told - before

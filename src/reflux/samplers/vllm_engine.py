@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from reflux.models.chat.token_map import vocabulary_size
 from reflux.models.generation_file import end_ids_of
 from reflux.models.turns import Turn, TurnRequest
 from reflux.rollouts.driver import Driver, Limits
+from reflux.runtime.timers import Overlapping
 from reflux.runtime.together import together
 from reflux.samplers.vllm_served import Served
 from reflux.samplers.vllm_turns import Turns, is_changed
@@ -47,8 +47,8 @@ class VLLMSampler:
         self.driver = Driver(
             self, tokenizer, end_ids, context, limits, turns="ready", listener=services.listener
         )
-        # requests in flight, and since when there are any
-        self._flying, self._since = 0, 0.0
+        # of requests in flight
+        self.flying = Overlapping()
 
     @classmethod
     @asynccontextmanager
@@ -67,17 +67,11 @@ class VLLMSampler:
 
     async def generate(self, requests: Sequence[TurnRequest]) -> list[Turn]:
         purpose = requests[0].draw.purpose
-        if not self._flying:
-            self._since = time.perf_counter()
-        self._flying += len(requests)
+        self.flying.begin()
         try:
             return await together(self._turn(ask) for ask in requests)
         finally:
-            self._flying -= len(requests)
-            if not self._flying:
-                # Requests overlap, so the time while any is in flight counts once.
-                seconds = time.perf_counter() - self._since
-                self.services.clock.add("sample" if purpose == "train" else purpose, seconds)
+            self.services.clock.add("sample" if purpose == "train" else purpose, self.flying.end())
 
     async def _turn(self, ask: TurnRequest) -> Turn:
         """The turn, also where the server is replaced meanwhile: a request that is sent again gives the same

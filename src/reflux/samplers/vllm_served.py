@@ -138,7 +138,8 @@ class Served:
             self._acting -= 1
             if not self._acting:
                 async with self._turning:
-                    if not self._acting and not self._asleep:
+                    # A server that is replaced because it could not sleep is awake.
+                    while not self._acting and not self._asleep:
                         await self.supervisor.change(self._sleep)
 
     async def _wake(self, server: VLLMServer) -> None:

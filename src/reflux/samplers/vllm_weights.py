@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reflux.errors import ModelError
+from reflux.models.head_files import HEADS
 from reflux.models.weight_files import listed, read_header, read_json, weight_files
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Layout:
         for name, value in weights.tensors():
             shape = tuple(value.shape)
             if name not in self.shapes:
-                if self.tied and shape in self.shapes.values():
+                if self.tied and name.endswith(HEADS) and shape in self.shapes.values():
                     continue
                 raise self._refused(f"the learner's {name} is not in its files")
             if shape != self.shapes[name]:

@@ -25,8 +25,8 @@ from reflux.models.text import Model
 from reflux.models.text_rows import packed, padded
 from reflux.models.token_budget import TokenBudget
 from reflux.teachers.base import Teacher, TeacherRequest, alias_of
-from reflux.teachers.sequences import asked_ids, listed_by_student, read_by
-from reflux.types import HiddenTarget, TeacherAnswer, TopKTarget
+from reflux.teachers.sequences import asked_ids, hidden_answer, read_by
+from reflux.types import TeacherAnswer
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -93,7 +93,8 @@ class InProcessTeacher:
 
     def _scored(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
         started = time.perf_counter()
-        inputs = [self._sequence(request) for request in requests]
+        window = self.model.context_tokens
+        inputs = [read_by(self.name, request, self.renderer, window) for request in requests]
         longest = max((len(sequence) for sequence, _ in inputs), default=0)
         while (answers := self._all_read(requests, inputs)) is None:
             if not self.budget.halve(longest):
@@ -119,12 +120,6 @@ class InProcessTeacher:
         except torch.OutOfMemoryError:
             return None
         return answers
-
-    def _sequence(self, request: TeacherRequest) -> tuple[np.ndarray, int]:
-        """The teacher's token ids, and the index where the response starts. The last token is left out,
-        because no prediction after it is needed.
-        """
-        return read_by(self.name, request, self.renderer, self.model.context_tokens)
 
     @torch.inference_mode()
     def _read(
@@ -173,20 +168,10 @@ class InProcessTeacher:
         """
         wanted = any(request.requirements.logp or request.requirements.candidates for request in requests)
         listed = self._logp(requests, states) if wanted else [None] * len(states)
-        return [self._answer(*asked) for asked in zip(requests, states, listed, strict=True)]
-
-    def _answer(self, request: TeacherRequest, h_TH: Tensor, logp_TK: np.ndarray | None) -> TeacherAnswer:
-        logp_T = None if logp_TK is None else logp_TK[:, 0]
-        target = HiddenTarget(
-            teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.head, logp_T=logp_T
-        )
-        ids_TK = listed_by_student(request)
-        if ids_TK is None or logp_TK is None or logp_T is None:
-            return TeacherAnswer(target=target)
-        return TeacherAnswer(
-            target=target,
-            candidates=TopKTarget(teacher=self.name, ids_TK=ids_TK, logp_TK=logp_TK[:, 1:], logp_T=logp_T),
-        )
+        return [
+            hidden_answer(self.name, self.head, request, h_TH.to("cpu", copy=True), logp_TK)
+            for request, h_TH, logp_TK in zip(requests, states, listed, strict=True)
+        ]
 
     def _logp(self, requests: list[TeacherRequest], states: list[Tensor]) -> list[np.ndarray]:
         """Per attempt the log-probs of the sampled tokens [T, 1], or of these and of the student's recorded

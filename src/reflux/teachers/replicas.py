@@ -28,8 +28,8 @@ CLIENTS = {"vllm": InferenceClient, "sglang": SGLangClient}
 class _Replica:
     scorer: TextScorer
     in_flight: int = 0
-    # requests that it failed since its last answer
-    failing: int = 0
+    # True from a failed request to its next answer; it is asked last then
+    failing: bool = False
 
 
 class Replicas:
@@ -66,7 +66,7 @@ class Replicas:
         """The answer of one server. Where a server does not answer, the next one is asked. An answer that is
         wrong, or that calls the request wrong, is the answer.
         """
-        order = sorted(self._replicas, key=lambda replica: (replica.failing > 0, replica.in_flight))
+        order = sorted(self._replicas, key=lambda replica: (replica.failing, replica.in_flight))
         for index, replica in enumerate(order):
             replica.in_flight += 1
             try:
@@ -74,11 +74,11 @@ class Replicas:
             except (BadAnswer, ServerRefused):
                 raise
             except ServerError:
-                replica.failing += 1
+                replica.failing = True
                 if index == len(order) - 1:
                     raise
             else:
-                replica.failing = 0
+                replica.failing = False
                 return answer
             finally:
                 replica.in_flight -= 1

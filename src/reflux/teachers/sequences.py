@@ -1,6 +1,8 @@
-"""The tokens that a text teacher reads, and those at which it gives log-probs."""
+"""The tokens that a text teacher reads, those at which it gives log-probs, and its answer."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,7 +10,10 @@ from reflux.errors import ModelError
 from reflux.models.chat.naming import about_prompt
 from reflux.models.chat.renderer import Renderer
 from reflux.teachers.base import TeacherRequest
-from reflux.types import TokenRollout, TopKTarget
+from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read_by(
@@ -55,3 +60,18 @@ def asked_ids(request: TeacherRequest) -> np.ndarray:
     assert isinstance(request.rollout, TokenRollout)
     tokens_T1, ids_TK = request.rollout.tokens_T[:, None], listed_by_student(request)
     return tokens_T1 if ids_TK is None else np.concatenate([tokens_T1, ids_TK], axis=1)
+
+
+def hidden_answer(
+    name: str, head: str, request: TeacherRequest, h_TH: Tensor, logp_TK: np.ndarray | None
+) -> TeacherAnswer:
+    """The full distribution as hidden states on the CPU. name: the teacher's. head: the key of its output
+    head. logp_TK: the log-probs at `asked_ids`; None if none are required.
+    """
+    logp_T = None if logp_TK is None else logp_TK[:, 0]
+    target = HiddenTarget(teacher=name, h_TH=h_TH, head=head, logp_T=logp_T)
+    ids_TK = listed_by_student(request)
+    if ids_TK is None or logp_TK is None or logp_T is None:
+        return TeacherAnswer(target=target)
+    candidates = TopKTarget(teacher=name, ids_TK=ids_TK, logp_TK=logp_TK[:, 1:], logp_T=logp_T)
+    return TeacherAnswer(target=target, candidates=candidates)

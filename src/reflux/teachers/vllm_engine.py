@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,13 +22,14 @@ from reflux.models.head_files import load_head
 from reflux.models.placement import pick_device
 from reflux.models.sizes import size_of
 from reflux.models.text import load_tokenizer
+from reflux.runtime.timers import Overlapping
 from reflux.runtime.together import together
 from reflux.teachers.answer_cache import AnswerCache, Arrays
 from reflux.teachers.base import TeacherRequest, alias_of
 from reflux.teachers.replicas import Replicas
-from reflux.teachers.sequences import asked_ids, listed_by_student, read_by
+from reflux.teachers.sequences import asked_ids, hidden_answer, listed_by_student, read_by
 from reflux.teachers.served import Asked, needed, refuse_broken, refuse_flat, refuse_foreign_head, scored
-from reflux.types import GivenTarget, HiddenTarget, SampledTarget, TeacherAnswer, TokenRollout, TopKTarget
+from reflux.types import GivenTarget, SampledTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -62,6 +62,8 @@ class VLLMTeacher:
         self.vocabulary = vocabulary_size(services.tokenizer)
         self.cache = self._opened_cache()
         self.asked = self.failed = 0
+        # of the groups that are scored beside each other
+        self._scoring = Overlapping()
 
     @classmethod
     @asynccontextmanager
@@ -83,6 +85,7 @@ class VLLMTeacher:
                     vocabulary,
                     pick_device(cfg.device),
                     cfg.temperature,
+                    cfg.trust_remote_code,
                 )
                 h_TH = await replicas.ask(lambda scorer: scorer.hidden_at(ids, 1, cfg.adapter))
                 refuse_foreign_head(
@@ -107,13 +110,15 @@ class VLLMTeacher:
         return cache
 
     async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
-        started = time.perf_counter()
         texts = [read_by(self.name, request, self.renderer, self.window) for request in requests]
-        answers = await together(
-            self._answer(request, sequence, first)
-            for request, (sequence, first) in zip(requests, texts, strict=True)
-        )
-        seconds = (time.perf_counter() - started) / max(1, len(requests))
+        self._scoring.begin()
+        try:
+            answers = await together(
+                self._answer(request, sequence, first)
+                for request, (sequence, first) in zip(requests, texts, strict=True)
+            )
+        finally:
+            seconds = self._scoring.end() / max(1, len(requests))
         return [replace(answer, seconds=seconds) for answer in answers]
 
     async def _answer(self, request: TeacherRequest, sequence: np.ndarray, first: int) -> TeacherAnswer:
@@ -184,18 +189,11 @@ class VLLMTeacher:
     def _hidden(self, request: TeacherRequest, states_TH: np.ndarray) -> TeacherAnswer:
         head, required = self.head, request.requirements
         assert head is not None
-        h_TH = torch.from_numpy(states_TH)
-        target: Any = partial(HiddenTarget, teacher=self.name, h_TH=h_TH, head=self.head_key)
-        if not (required.logp or required.candidates):
-            return TeacherAnswer(target=target())
-        asked_TK = torch.from_numpy(asked_ids(request)).to(head.device)
-        logp_TK = head.logp_at(h_TH.to(head.device), asked_TK).cpu().numpy()
-        answer = TeacherAnswer(target=target(logp_T=logp_TK[:, 0]))
-        ids_TK = listed_by_student(request)
-        if ids_TK is None:
-            return answer
-        listed = TopKTarget(teacher=self.name, ids_TK=ids_TK, logp_TK=logp_TK[:, 1:], logp_T=logp_TK[:, 0])
-        return replace(answer, candidates=listed)
+        h_TH, logp_TK = torch.from_numpy(states_TH), None
+        if required.logp or required.candidates:
+            asked_TK = torch.from_numpy(asked_ids(request)).to(head.device)
+            logp_TK = head.logp_at(h_TH.to(head.device), asked_TK).cpu().numpy()
+        return hidden_answer(self.name, self.head_key, request, h_TH, logp_TK)
 
     async def publish(self, weights: Weights, step: int) -> None:
         """Does nothing: the teacher is frozen."""
