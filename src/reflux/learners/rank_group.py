@@ -127,13 +127,18 @@ class RankGroup:
             if self.failed:
                 # This process ends with an error of its own, which must be heard.
                 return
-            sys.stderr.write(
-                f"\nreflux: rank {rank} of {self.size} has ended, and the run ends with it. Unless it was "
-                "killed, its own message is above. The last checkpoint is kept. Continue with --resume, with "
-                "this number of processes or another one.\n"
-            )
-            sys.stderr.flush()
-            os._exit(2)
+            end_process(rank, self.size)
+
+
+def end_process(rank: int, size: int) -> None:
+    """End this process with a sentence, after another rank has ended: a part of the weights is gone."""
+    sys.stderr.write(
+        f"\nreflux: rank {rank} of {size} has ended, and the run ends with it. Unless it was killed, its own "
+        "message is above. The last checkpoint is kept. Continue with --resume, with this number of "
+        "processes or another one.\n"
+    )
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def ignore_signals() -> None:
