@@ -17,6 +17,7 @@ from reflux.cluster.wire import packed
 from reflux.config.recipe import load_recipe
 from reflux.config.step_context import SamplingParams
 from reflux.errors import ModelError, ServerRefused, StepRefused
+from reflux.learners.sent_heads import SentHead
 from reflux.runtime.services import Services
 from reflux.runtime.weights import AdapterWeights, InMemory
 from reflux.teachers.base import plain_requests
@@ -202,10 +203,10 @@ def test_a_step_is_dealt_out_and_comes_back_in_order(
     assert services[0].clock.take()["sample"] == 2.0
 
 
-def remote_teacher(services: Services, pool: Any, matrices: dict[str, Any]) -> Any:
+def remote_teacher(services: Services, pool: Any, heads: dict[str, SentHead]) -> Any:
     from reflux.cluster.remote_teacher import RemoteTeacher
 
-    info = TeacherInfo(5, "off", 64, "teachers.main", matrices)
+    info = TeacherInfo(5, "off", 64, "teachers.main", heads)
     return RemoteTeacher(load_recipe("full").teachers["main"], tiny.context(), services, pool, info)
 
 
@@ -215,7 +216,9 @@ def test_requests_are_divided_by_length_and_answered_in_order(services: tuple[Se
             TeacherAnswer(positions_read=request.rollout.length, seconds=1.0) for request in share.value()
         ]
     )
-    teacher = remote_teacher(services[0], front, {"teachers.main": (torch.randn(7, 4), None, 2.0, None)})
+    teacher = remote_teacher(
+        services[0], front, {"teachers.main": SentHead(torch.randn(7, 4), None, 2.0, None)}
+    )
     rollouts = [tiny.rollout(length, seed=length) for length in (3, 9, 4, 5)]
     answers = asyncio.run(teacher.score(plain_requests(rollouts)))
     assert [answer.positions_read for answer in answers] == [3, 9, 4, 5]
@@ -231,7 +234,7 @@ def test_the_head_of_a_placed_teacher_is_here_until_it_is_closed(
     services: tuple[Services, tiny.Heard],
 ) -> None:
     weight_VH, h_NH = torch.randn(7, 4), torch.randn(3, 4)
-    teacher = remote_teacher(services[0], None, {"teachers.main": (weight_VH, None, 2.0, None)})
+    teacher = remote_teacher(services[0], None, {"teachers.main": SentHead(weight_VH, None, 2.0, None)})
     assert (teacher.macs, teacher.autocast, teacher.model.context_tokens) == (5, "off", 64)
     head = services[0].heads[teacher.head]
     assert torch.allclose(head.logits(h_NH.to(head.device)).cpu(), 2 * h_NH @ weight_VH.T, atol=1e-6)

@@ -33,10 +33,11 @@ class Actor:
     """Answers with its number, or with the exception at the head of its list."""
 
     def __init__(self, number: int, raises: list[Exception]):
-        self.number, self.raises, self.prepared = number, raises, False
+        self.number, self.raises, self.prepared, self.calls = number, raises, False, 0
 
     async def work(self) -> Reply:
         assert self.prepared
+        self.calls += 1
         await asyncio.sleep(0)
         if self.raises:
             raise self.raises.pop(0)
@@ -114,6 +115,8 @@ def test_a_lost_actor_is_replaced_prepared_and_does_the_work_again(monkeypatch: 
     replaced = "sampler actor 0 has ended and is replaced. Its work is done again."
     assert scene.heard.notes == ["a slow tokenizer", replaced]
     assert scene.opened == ["open 0", "open 1"]
+    # Two calls were lost, and only they are made again.
+    assert [actor.calls for actor in scene.actors] == [2, 2, 3]
 
 
 def test_a_new_actor_is_given_nothing_before_it_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +185,7 @@ def test_more_than_there_is_is_refused_with_both_numbers() -> None:
     bundles = Ray(samplers=2, teachers={"main": 1}, gpus_per_teacher=2).bundles
     refuse_too_much(bundles, [{"CPU": 4, "GPU": 2}])
     with pytest.raises(
-        ConfigError, match=r"1 learner, 2 sampler, 1 teacher main need 4 CPUs and 2 GPUs, and"
+        ConfigError, match=r"1 x learner, 2 x sampler, 1 x teacher main need 4 CPUs and 2 GPUs, and"
     ):
         refuse_too_much(bundles, [{"CPU": 2.0}, {"CPU": 1.0}])
     with pytest.raises(ConfigError, match="one teacher main needs 1 CPUs and 2 GPUs on one machine"):
@@ -270,7 +273,7 @@ def test_the_error_of_rank_0_is_heard_before_the_end_of_the_others(
     monkeypatch.setattr(rank_group.dist, "recv", closed)
     monkeypatch.setattr(os, "_exit", seen.append)
     group = rank_group.RankGroup.__new__(rank_group.RankGroup)
-    group.rank, group.size, group.busy, group.failed, group._pulse = 0, 2, failed, False, None  # type: ignore[assignment]
+    group.rank, group.size, group.busy, group.failed, group._goodbyes = 0, 2, failed, False, None  # type: ignore[assignment]
     if failed:
         group.leave()
     group._watch(1)

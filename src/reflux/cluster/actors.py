@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from reflux.cluster.wire import Packed, packed
+from reflux.learners.sent_heads import SentHead
 from reflux.models.torch_settings import prepare_torch
 from reflux.runtime.library_logging import quiet_libraries
 from reflux.runtime.services import Services
@@ -35,15 +36,15 @@ class Reply:
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What the process of the loop must know of an open teacher. head: the key of its output head. matrices:
-    of every head that targets may name, by key: weight, bias or None, scale and soft cap.
+    """What the process of the loop must know of an open teacher. head: the key of its output head. heads: by
+    key, every head that targets may name and that is a plain matrix.
     """
 
     macs: int
     autocast: str
     context_tokens: int
     head: str
-    matrices: Mapping[str, tuple[Any, ...]]
+    heads: Mapping[str, SentHead]
 
 
 class NoteBuffer:
@@ -146,8 +147,8 @@ class TeacherActor(PartActor):
             autocast=opened.autocast,
             context_tokens=opened.model.context_tokens,
             head=opened.head,
-            matrices={
-                key: (*matrix, head.scale, head.cap)
+            heads={
+                key: SentHead(*matrix, head.scale, head.cap)
                 for key, head in heads.items()
                 if (matrix := head.matrix) is not None
             },

@@ -1,5 +1,5 @@
-"""The learner's ranks above 0 as actors. Rank 0 is the process of the loop. They form the same group as the
-processes of torchrun, and are described by the same environment variables.
+"""The learner's ranks above 0 as actors. Rank 0 is the process of the loop. All ranks form one group, as the
+processes of torchrun do, and the same environment variables describe it.
 """
 
 from __future__ import annotations

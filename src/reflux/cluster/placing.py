@@ -222,10 +222,9 @@ def refuse_too_much(bundles: Sequence[Bundle], nodes: Sequence[Mapping[str, floa
 
 
 def in_words(bundles: Sequence[Bundle]) -> str:
-    """For example "1 learner, 2 sampler, 1 teacher main"."""
-    return ", ".join(
-        f"{count} {group}" for group, count in Counter(bundle.label for bundle in bundles).items()
-    )
+    """For example "1 x learner, 2 x sampler, 1 x teacher main"."""
+    counts = Counter(bundle.label for bundle in bundles)
+    return ", ".join(f"{count} x {label}" for label, count in counts.items())
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""The actors of one part: each with what it has to do, and a new one in the place of one that ends."""
+"""The actors of one part. Work goes to the one with the least of it. An actor that ends is replaced."""
 
 from __future__ import annotations
 

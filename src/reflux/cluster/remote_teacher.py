@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from reflux.cluster.wire import packed
 from reflux.errors import ModelError
-from reflux.kernels.head import Head
 from reflux.models.chat.renderer import Renderer
 from reflux.models.placement import first_device
 from reflux.models.text import load_tokenizer
@@ -44,7 +43,7 @@ class RemoteTeacher:
     def __init__(
         self, part: Teacher, context: PartContext, services: Services, pool: Pool, info: TeacherInfo
     ):
-        self.services, self.pool, self._keys = services, pool, list(info.matrices)
+        self.services, self.pool, self._keys = services, pool, list(info.heads)
         self.macs, self.autocast, self.head = info.macs, info.autocast, info.head
         self.model = Window(info.context_tokens)
         read_by = part.reader(context.student)
@@ -55,16 +54,15 @@ class RemoteTeacher:
             read_by.model, f"{where}.model", read_by.trust_remote_code, read_by.base_model
         )
         self.renderer = Renderer(tokenizer, read_by.system, read_by.template, read_by.prompt_suffix)
-        if info.head not in info.matrices:
+        if info.head not in info.heads:
             raise ModelError(
                 f"{where}: its output head is quantised or has an adapter, and only a plain one can be sent "
                 "to the process of the loop. Give the teacher in float32 or bfloat16, with its adapter "
                 "merged, or leave it out of cluster.teachers."
             )
         device = first_device()
-        for key, (weight_VH, bias_V, scale, cap) in info.matrices.items():
-            bias = None if bias_V is None else bias_V.to(device)
-            services.heads.add(key, Head.of(weight_VH.to(device), bias, scale, cap))
+        for key, head in info.heads.items():
+            services.heads.add(key, head.on(device))
 
     def close(self) -> None:
         for key in self._keys:
