@@ -142,7 +142,7 @@ def test_the_tables_of_the_guide_fit(text: str) -> None:
     cfg = load_recipe("full", {**tomllib.loads(text), **learner})
     checks.join(cfg)
     assert cfg.cluster is not None
-    assert sum(seat.gpus for seat in cfg.cluster.seats) in (8, 32)
+    assert sum(bundle.gpus for bundle in cfg.cluster.bundles) in (8, 32)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import tiny
-from reflux.cluster.actors import Noted, Reply, shares
+from reflux.cluster.actors import NoteBuffer, Reply, TeacherInfo
 from reflux.cluster.wire import packed
 from reflux.config.recipe import load_recipe
 from reflux.config.step_context import SamplingParams
 from reflux.errors import ModelError, ServerRefused, StepRefused
+from reflux.learners.sent_heads import SentHead
 from reflux.runtime.services import Services
 from reflux.runtime.weights import AdapterWeights, InMemory
 from reflux.teachers.base import plain_requests
@@ -59,16 +60,10 @@ def test_errors_with_fields_arrive_as_they_were(error: Exception) -> None:
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
-def test_shares_are_level_and_none_is_empty() -> None:
-    assert shares([5, 1, 1, 4, 3], 2) == [[0, 1, 2], [3, 4]]
-    assert shares([1], 3) == [[0]]
-    assert sorted(index for share in shares([3] * 7, 3) for index in share) == list(range(7))
-
-
 def test_messages_are_given_once() -> None:
-    noted = Noted()
-    noted.noted("a")
-    assert (noted.take(), noted.take()) == (("a",), ())
+    buffer = NoteBuffer()
+    buffer.noted("a")
+    assert (buffer.take(), buffer.take()) == (("a",), ())
 
 
 # --- what the loop holds
@@ -136,9 +131,7 @@ def fronted(
     from reflux.cluster import remote_sampler
 
     monkeypatch.setattr(ray, "put", Reference)
-    sampler = remote_sampler.RemoteSampler(services, precision)
-    monkeypatch.setattr(sampler, "pool", front)
-    return sampler
+    return remote_sampler.RemoteSampler(services, precision, lambda opening: front)  # type: ignore[arg-type]
 
 
 def test_weights_are_put_once_a_version_and_a_new_actor_gets_the_current_ones(
@@ -149,13 +142,15 @@ def test_weights_are_put_once_a_version_and_a_new_actor_gets_the_current_ones(
     fresh = Called(lambda *arguments: None)
 
     async def all_of_it() -> tuple[Any, Any]:
+        assert len(list(sampler.opening())) == 1
         await sampler.publish(first, 3)
         sent = sampler.sent
         await sampler.publish(first, 4)
         assert sampler.sent is sent
         await sampler.publish(second, 5)
-        await sampler.prepare(fresh)
-        return sent[0], await fresh.calls[1][0].here()
+        for call in sampler.opening():
+            await call(fresh)
+        return sent[0], await fresh.calls[1][0].fetched()
 
     old, weights = asyncio.run(all_of_it())
     assert [call[0].version for call in sampler.pool.members[1].calls] == [1, 1, 2]
@@ -176,8 +171,7 @@ def test_weights_travel_in_pieces_in_the_type_of_the_sampler_with_their_adapter(
     adapter = AdapterWeights({"r": 4}, lambda: [("a", torch.ones(2))])
     sent = sent_weights.SentWeights.put(InMemory(7, tensors.items, adapter=adapter), "bfloat16")
     assert [len(piece.value.value()) for piece in sent.pieces] == [2, 2, 2]
-    assert sent.sent_bytes == 5 * 40 + 24
-    weights = asyncio.run(sent.here())
+    weights = asyncio.run(sent.fetched())
     found = dict(weights.tensors())
     assert found["w0"].dtype == torch.bfloat16
     assert torch.equal(found["w0"], tensors["w0"].bfloat16())
@@ -185,13 +179,15 @@ def test_weights_travel_in_pieces_in_the_type_of_the_sampler_with_their_adapter(
     assert weights.adapter is not None
     assert (weights.adapter.config["r"], [name for name, _ in weights.adapter.read()]) == (4, ["a"])
     plain = sent_weights.SentWeights.put(InMemory(7, tensors.items), "auto")
-    assert torch.equal(dict(asyncio.run(plain.here()).tensors())["w0"], tensors["w0"])
+    assert torch.equal(dict(asyncio.run(plain.fetched()).tensors())["w0"], tensors["w0"])
 
 
 def test_a_step_is_dealt_out_and_comes_back_in_order(
     monkeypatch: pytest.MonkeyPatch, services: tuple[Services, tiny.Heard]
 ) -> None:
-    """Seconds are those of the slowest actor, and a note that all give is told once."""
+    """The shares do not depend on the order in which prompts are asked for. Seconds are those of the slowest
+    actor.
+    """
     front = Front(lambda share: [f"group of {prompt.id}" for prompt, _, _ in share.value()])
     sampler = fronted(monkeypatch, services[0], front)
     draw = SamplingParams(0, "train", 10, cohort=3)
@@ -202,47 +198,47 @@ def test_a_step_is_dealt_out_and_comes_back_in_order(
 
     assert asyncio.run(all_of_it()) == ["group of p2", "group of p1", "group of p0"]
     assert front.sizes == [40, 20]
-    assert [len(member.calls[0][0].value()) for member in front.members] == [1, 2]
+    dealt = [[prompt.id for prompt, _, _ in member.calls[0][0].value()] for member in front.members]
+    assert dealt == [["p1"], ["p0", "p2"]]
     assert services[0].clock.take()["sample"] == 2.0
-    assert services[1].notes == ["x"]
 
 
-def test_requests_are_divided_by_length_and_answered_in_order(
-    services: tuple[Services, tiny.Heard], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def remote_teacher(services: Services, pool: Any, heads: dict[str, SentHead]) -> Any:
     from reflux.cluster.remote_teacher import RemoteTeacher
 
-    cfg = load_recipe("full")
-    teacher = RemoteTeacher(cfg.teachers["main"], tiny.context(), services[0])
+    info = TeacherInfo(5, "off", 64, "teachers.main", heads)
+    return RemoteTeacher(load_recipe("full").teachers["main"], tiny.context(), services, pool, info)
+
+
+def test_requests_are_divided_by_length_and_answered_in_order(services: tuple[Services, tiny.Heard]) -> None:
     front = Front(
         lambda share: [
             TeacherAnswer(positions_read=request.rollout.length, seconds=1.0) for request in share.value()
         ]
     )
-    monkeypatch.setattr(teacher, "pool", front)
+    teacher = remote_teacher(
+        services[0], front, {"teachers.main": SentHead(torch.randn(7, 4), None, 2.0, None)}
+    )
     rollouts = [tiny.rollout(length, seed=length) for length in (3, 9, 4, 5)]
     answers = asyncio.run(teacher.score(plain_requests(rollouts)))
     assert [answer.positions_read for answer in answers] == [3, 9, 4, 5]
     # The slowest actor has read two of the four.
     assert [answer.seconds for answer in answers] == [0.5] * 4
     assert sum(front.sizes) == sum(rollout.prompt_length + rollout.length for rollout in rollouts)
+    # Fewer requests than actors: nobody is asked for nothing.
+    front.sizes.clear()
+    assert len(asyncio.run(teacher.score(plain_requests(rollouts[:1])))) == len(front.sizes) == 1
 
 
 def test_the_head_of_a_placed_teacher_is_here_until_it_is_closed(
     services: tuple[Services, tiny.Heard],
 ) -> None:
-    from reflux.cluster.actors import Heading
-    from reflux.cluster.remote_teacher import RemoteTeacher
-
     weight_VH, h_NH = torch.randn(7, 4), torch.randn(3, 4)
-    heading = Heading(5, "off", 64, "teachers.main", {"teachers.main": (weight_VH, None, 2.0, None)})
-    teacher = RemoteTeacher(load_recipe("full").teachers["main"], tiny.context(), services[0])
-    asyncio.run(teacher.prepare(Called(lambda: heading)))
+    teacher = remote_teacher(services[0], None, {"teachers.main": SentHead(weight_VH, None, 2.0, None)})
     assert (teacher.macs, teacher.autocast, teacher.model.context_tokens) == (5, "off", 64)
     head = services[0].heads[teacher.head]
     assert torch.allclose(head.logits(h_NH.to(head.device)).cpu(), 2 * h_NH @ weight_VH.T, atol=1e-6)
     teacher.close()
     assert services[0].heads.items() == []
-    other = RemoteTeacher(load_recipe("full").teachers["main"], tiny.context(), services[0])
     with pytest.raises(ModelError, match="its output head is quantised or has an adapter"):
-        asyncio.run(other.prepare(Called(lambda: Heading(5, "off", 64, "teachers.main", {}))))
+        remote_teacher(services[0], None, {})

@@ -8,32 +8,36 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import tiny
 from reflux.cluster.actors import Reply
-from reflux.cluster.base import Seat
+from reflux.cluster.base import Bundle
 from reflux.cluster.ray import Ray
 from reflux.cluster.wire import packed
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError, ModelError, ServerError
 from reflux.runtime.services import Services
 
+if TYPE_CHECKING:
+    from reflux.cluster.pool import Call
+
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
 
-SEATS = [Seat("sampler", "", index, 1.0, 0.0) for index in range(2)]
+BUNDLES = [Bundle("sampler", "", index, 1.0, 0.0) for index in range(2)]
 
 
 class Actor:
     """Answers with its number, or with the exception at the head of its list."""
 
     def __init__(self, number: int, raises: list[Exception]):
-        self.number, self.raises, self.prepared = number, raises, False
+        self.number, self.raises, self.prepared, self.calls = number, raises, False, 0
 
     async def work(self) -> Reply:
         assert self.prepared
+        self.calls += 1
         await asyncio.sleep(0)
         if self.raises:
             raise self.raises.pop(0)
@@ -51,27 +55,30 @@ class Scene:
         self.heard = tiny.Heard()
         monkeypatch.setattr(pool, "end", self.ended.append)
 
-        def start(seat: Seat) -> Actor:
+        def start(bundle: Bundle) -> Actor:
             number = len(self.actors)
             self.actors.append(Actor(number, raises[number] if number < len(raises) else []))
             return self.actors[-1]
 
-        async def prepare(actor: Actor) -> None:
+        async def prepare(actor: Actor) -> Reply:
             for _ in range(5):
                 await asyncio.sleep(0)
             if actor.raises and str(actor.raises[0]) == "at once":
                 raise actor.raises.pop(0)
             actor.prepared = True
+            return Reply(packed(f"open {actor.number}"), {}, ("a slow tokenizer",))
+
+        self.opening: list[Call] = [prepare]
 
         student = load_recipe("full").learner.student
         services = Services(student, listener=self.heard)
         self.pool = pool.Pool(
-            SEATS, start, prepare, services, **{"restarts": 2, "patience_s": 9.0, **options}
+            BUNDLES, start, lambda: self.opening, services, **{"restarts": 2, "timeout_s": 9.0, **options}
         )
 
     def does(self, work: Callable[[], Awaitable[Any]]) -> Any:
         async def all_of_it() -> Any:
-            await self.pool.prepare()
+            self.opened = [reply.result.value() for reply in await self.pool.open()]
             return await work()
 
         return asyncio.run(all_of_it())
@@ -105,7 +112,11 @@ def test_a_lost_actor_is_replaced_prepared_and_does_the_work_again(monkeypatch: 
 
     assert scene.does(work) == [2, 1, 2, 2, 1]
     assert scene.ended == [scene.actors[0]]
-    assert scene.heard.notes == ["sampler actor 0 has ended and is replaced. Its work is done again."]
+    replaced = "sampler actor 0 has ended and is replaced. Its work is done again."
+    assert scene.heard.notes == ["a slow tokenizer", replaced]
+    assert scene.opened == ["open 0", "open 1"]
+    # Two calls were lost, and only they are made again.
+    assert [actor.calls for actor in scene.actors] == [2, 2, 3]
 
 
 def test_a_new_actor_is_given_nothing_before_it_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +137,7 @@ def test_an_actor_that_ends_while_it_is_prepared_is_replaced_too(monkeypatch: py
     scene = Scene(monkeypatch, [[gone("at once")], [], [gone("at once")]])
     assert scene.does(lambda: asked(scene)) == 3
     assert [actor.number for actor in scene.ended] == [0, 2]
+    assert len([note for note in scene.heard.notes if "is replaced" in note]) == 2
 
 
 def test_after_too_many_the_run_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +158,12 @@ def test_an_answer_forgives_what_was_before(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_one_that_is_never_ready_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(monkeypatch, [], patience_s=0.01)
+    scene = Scene(monkeypatch, [], timeout_s=0.01)
 
     async def never(actor: Actor) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(scene.pool, "_prepare", never)
+    scene.opening.append(never)
     with pytest.raises(ServerError, match=r"was not ready after 0\.01 s"):
         scene.does(lambda: asked(scene))
 
@@ -170,14 +182,14 @@ def test_an_error_of_the_part_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch
 def test_more_than_there_is_is_refused_with_both_numbers() -> None:
     from reflux.cluster.placing import refuse_too_much
 
-    seats = Ray(samplers=2, teachers={"main": 1}, gpus_per_teacher=2).seats
-    refuse_too_much(seats, [{"CPU": 4, "GPU": 2}])
+    bundles = Ray(samplers=2, teachers={"main": 1}, gpus_per_teacher=2).bundles
+    refuse_too_much(bundles, [{"CPU": 4, "GPU": 2}])
     with pytest.raises(
-        ConfigError, match=r"1 learner, 2 sampler, 1 teacher main need 4 CPUs and 2 GPUs, and"
+        ConfigError, match=r"1 x learner, 2 x sampler, 1 x teacher main need 4 CPUs and 2 GPUs, and"
     ):
-        refuse_too_much(seats, [{"CPU": 2.0}, {"CPU": 1.0}])
+        refuse_too_much(bundles, [{"CPU": 2.0}, {"CPU": 1.0}])
     with pytest.raises(ConfigError, match="one teacher main needs 1 CPUs and 2 GPUs on one machine"):
-        refuse_too_much(seats, [{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}])
+        refuse_too_much(bundles, [{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}])
 
 
 @pytest.mark.parametrize(("address", "given"), [(None, "local"), ("auto", "auto")])
@@ -235,11 +247,11 @@ def test_ranks_of_torchrun_and_of_a_cluster_are_not_mixed(monkeypatch: pytest.Mo
     from reflux.cluster.learner_ranks import environment, started
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    seats = Ray(learner_ranks=2).seats
+    bundles = Ray(learner_ranks=2).bundles
     learner = load_recipe("full").learner
     with (
         pytest.raises(ConfigError, match="torchrun has started ranks already"),
-        started(learner, seats, print),
+        started(learner, bundles, print, 9.0),
     ):
         pass
     with environment({"WORLD_SIZE": "3", "REFLUX_NEW": "1"}):
@@ -261,7 +273,7 @@ def test_the_error_of_rank_0_is_heard_before_the_end_of_the_others(
     monkeypatch.setattr(rank_group.dist, "recv", closed)
     monkeypatch.setattr(os, "_exit", seen.append)
     group = rank_group.RankGroup.__new__(rank_group.RankGroup)
-    group.rank, group.size, group.busy, group.failed, group._pulse = 0, 2, failed, False, None  # type: ignore[assignment]
+    group.rank, group.size, group.busy, group.failed, group._goodbyes = 0, 2, failed, False, None  # type: ignore[assignment]
     if failed:
         group.leave()
     group._watch(1)

@@ -15,6 +15,7 @@ from reflux.kernels.head import Head
 from reflux.learners.group_shares import places, shares
 from reflux.learners.sent_heads import HeadSender, take
 from reflux.models.heads import Heads
+from reflux.runtime.even_shares import even_shares
 from reflux.types import Attempt, TeacherAnswer
 
 
@@ -48,6 +49,11 @@ def test_the_ranks_have_about_as_many_positions() -> None:
         loads = [sum(costs[index] for index in share) for share in shares(groups, ranks)]
         assert max(loads) <= sum(costs) / ranks + max(costs)
         assert max(loads) - min(loads) <= max(costs)
+
+
+def test_shares_are_even_and_ascending() -> None:
+    assert even_shares([5, 1, 1, 4, 3], 2) == [[0, 1, 2], [3, 4]]
+    assert even_shares([1], 3) == [[0], [], []]
 
 
 def asked(key: str) -> list[Attempt]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from reflux.config.step_context import StepContext
 from reflux.errors import ConfigError, ModelError
 from reflux.learners import shards
 from reflux.learners.fsdp import FSDP
+from reflux.learners.fsdp_engine import FSDPLearner
 from reflux.learners.hf_engine import HFLearner
 from reflux.learners.rank_group import RankGroup
 from reflux.learners.shards import Shards
@@ -107,6 +109,34 @@ def test_a_closed_learner_frees_the_process_for_the_next(student: str, tmp_path:
     with pytest.raises(TypeError):
         asyncio.run(steps(True))
     assert tiny.same(once, asyncio.run(steps(False)))
+
+
+def test_orders_of_two_threads_reach_the_ranks_one_after_the_other(
+    group: RankGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With staleness the sampler asks for weights while a step is made."""
+    sent: list[Any] = []
+    monkeypatch.setattr(group, "scatter", sent.append)
+    learner = FSDPLearner(sharded(group), group)
+    started, over = threading.Event(), threading.Event()
+
+    def slow(local: HFLearner) -> None:
+        started.set()
+        assert over.wait(20)
+
+    threads = [
+        threading.Thread(target=learner.everywhere, args=(work,)) for work in (slow, lambda local: None)
+    ]
+    threads[0].start()
+    assert started.wait(20)
+    threads[1].start()
+    threads[1].join(0.3)
+    assert len(sent) == 1
+    over.set()
+    for thread in threads:
+        thread.join(20)
+    assert len(sent) == 2
+    monkeypatch.undo()
 
 
 def test_the_part_refuses_compiled_layers_and_keeps_the_rest(student: str, teacher: str) -> None:

@@ -20,7 +20,7 @@ import ray
 import tiny
 from reflux.cluster import placing
 from reflux.cluster.actors import RankActor
-from reflux.cluster.base import Seat
+from reflux.cluster.base import Bundle
 from reflux.cluster.pool import Call, Pool
 from reflux.cluster.sent_weights import SentWeights
 from reflux.loop import train
@@ -47,6 +47,11 @@ PLACED = {
     "cpus_per_rank": 0.5,
 }
 DIVIDED = {"kind": "ray", "learner_ranks": 2, "cpus_per_rank": 0.5}
+
+
+def pid(actor: Any) -> int:
+    """The process of an actor."""
+    return os.getpid()
 
 
 class Seen(tiny.Heard):
@@ -81,7 +86,7 @@ class Killing(Pool):
         self.given += 1
         if self.given != 5:
             return await super().least(size, call)
-        pids = {member.actor: await member.actor.pid.remote() for member in self.members}
+        pids = {member.actor: await member.actor.__ray_call__.remote(pid) for member in self.members}
 
         def killing(actor: Any) -> Any:
             result = call(actor)
@@ -97,10 +102,10 @@ class Remembering(placing.RayCluster):
 
     ranks: ClassVar[list[int]] = []
 
-    def place(self, actor: type, seat: Seat, *arguments: Any) -> Any:
-        made = super().place(actor, seat, *arguments)
+    def place(self, actor: type, bundle: Bundle, *arguments: Any) -> Any:
+        made = super().place(actor, bundle, *arguments)
         if actor is RankActor:
-            self.ranks.append(ray.get(made.pid.remote()))
+            self.ranks.append(ray.get(made.__ray_call__.remote(pid)))
         return made
 
 

@@ -20,13 +20,16 @@ import torch
 import tiny
 from laws.test_ranks import CASES, NORMALISE, worlds
 from reflux.config.recipe import RunConfig, load_recipe
+from reflux.learners.fsdp_engine import FSDPLearner
 from reflux.learners.group_shares import shares
 from reflux.learners.hf_engine import HFLearner
 from reflux.learners.rank_group import RankGroup
+from reflux.learners.ranks import Ranks
 from reflux.learners.shards import Shards
 from reflux.loop import train
 from reflux.loss.batch import plan
-from reflux.models.dtensors import gathered
+from reflux.models.dtensors import divided_like, gathered
+from reflux.models.settings import Lora
 from reflux.training import Options
 
 RANKS = 3
@@ -60,6 +63,8 @@ GROUPS: dict[str, Any] = {
     "learner.micro_batch_tokens": 60,
     "skip_checks": [],
 }
+# credit from the current student's outputs, which the ranks compute for attempts that are stale
+NOW: dict[str, Any] = {"margin": {"student": "now"}}
 # A teacher that follows the student, jumps along the student's path, and spectra of its weights.
 FOLLOWING: dict[str, Any] = {
     "steps": 3,
@@ -134,6 +139,8 @@ def jobs() -> list[Job]:
         # two ranks without a group
         Job("few", 3, "opd", {**small, "prompts_per_step": 1}, plain="few"),
         Job("few", 3, "opd", {**small, "prompts_per_step": 1}, resume=True),
+        # The loop samples in one thread while the ranks learn in another.
+        Job("late", 2, "opd", {**small, "steps": 4, "max_staleness": 1, "credit": NOW}),
         # no rank has anything to learn in the first step
         Job("fading", 2, "opd", {**small, "credit": fade, "log_variance": False}, plain="fading"),
         Job("hot", 2, "opd", {**small, "steps": 6, "learner.lr": 1e30}),
@@ -165,9 +172,22 @@ def take_rank(rank: int, ranks: int, port: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
+def adapted(ranks: Ranks | None = None) -> HFLearner:
+    """The learner of `worlds` with adapters of random numbers, in which no two matrices are equal."""
+    plain, _ = worlds()
+    cfg = replace(plain.cfg, lora=Lora(rank=3, alpha=6))
+    learner = HFLearner(cfg, plain.context, plain.services, plain.model, ranks)
+    with torch.no_grad():
+        for seed, parameter in enumerate(learner.trained.values()):
+            torch.manual_seed(seed)
+            whole = torch.randn(parameter.shape, dtype=parameter.dtype)
+            parameter.copy_(divided_like(parameter, whole))
+    return learner
+
+
 def gradients(file: Path) -> None:
     """The gradients of every case of `test_ranks.py` in float64, in several micro-batches. Rank 0 saves them,
-    whole.
+    whole, and the adapter that it publishes.
     """
     group = RankGroup.join("cpu")
     plain, groups = worlds()
@@ -183,11 +203,17 @@ def gradients(file: Path) -> None:
             for key, parameter in learner.trained.items():
                 assert parameter.grad is not None
                 found[f"{name}/{loss_aggregation}/{key}"] = gathered(parameter.grad)
+    local = adapted(Shards(group))
     if group.leads:
+        adapter = FSDPLearner(local, group).publish().adapter
+        assert adapter is not None
         torch.save(found, file)
+        torch.save([adapter.config, dict(adapter.read())], file.with_name(f"adapter-{group.size}.pt"))
     else:
-        # rank 0 says that it leaves
-        assert group.hear() is None
+        # until rank 0 says that it leaves
+        while (order := group.receive()) is not None:
+            work, arguments = order
+            work(local, *arguments)
     group.leave()
 
 

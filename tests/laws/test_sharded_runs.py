@@ -24,7 +24,7 @@ from torch import Tensor
 
 import tiny
 from device import ON_GPU
-from laws.rank_jobs import GRADIENTS_OF, RANKS, Job, jobs
+from laws.rank_jobs import GRADIENTS_OF, RANKS, Job, adapted, jobs
 from laws.test_ranks import CASES, NORMALISE, summed, whole
 from reflux import checks
 from reflux.config.recipe import load_recipe
@@ -36,7 +36,7 @@ from tiny import close
 pytestmark = [
     # The runs are made on the CPU. docs/gpu.md says what a first run on GPUs has to confirm.
     pytest.mark.skipif(ON_GPU, reason="gloo ranks are on the CPU"),
-    # Three more processes import torch and transformers, and make 17 runs.
+    # Three more processes import torch and transformers, and make 18 runs.
     pytest.mark.timeout(1500),
 ]
 
@@ -149,6 +149,30 @@ def test_gradients_of_divided_weights_are_those_of_the_whole_batch(runs: Runs, n
                 close(whole(loss_aggregation, name), mine)
                 compared.append((ranks, loss_aggregation))
     assert compared == [*((2, each) for each in NORMALISE), (3, NORMALISE[0])]
+
+
+@pytest.mark.parametrize("ranks", GRADIENTS_OF)
+def test_the_published_adapter_is_that_of_one_process(runs: Runs, ranks: int) -> None:
+    """Its matrices are whole, in every bit, also where the number of ranks does not divide their rows."""
+    config, ours = torch.load(runs.folder / f"adapter-{ranks}.pt")
+    adapter = adapted().publish().adapter
+    assert adapter is not None
+    assert config == adapter.config
+    theirs = dict(adapter.read())
+    assert ours.keys() == theirs.keys()
+    assert len({float(value.sum()) for value in theirs.values()}) == len(theirs) > 0
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_with_staleness_ranks_learn_every_attempt_once(runs: Runs) -> None:
+    """The loop samples while the ranks learn, so which weights an attempt has depends on time."""
+    rows = runs.rows("late")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert max(row["staleness_max"] for row in rows) <= 1
+    attempts = [row for row in runs.rows("late", "attempts") if row["kind"] == "attempt"]
+    assert len({(row["step"], row["prompt"], row["sample"]) for row in attempts}) == len(attempts)
+    assert sum(row["updates"] for row in rows) == 4
+    assert all(row["kl_nats"] > 0 and row["tokens_trained"] > 0 for row in rows)
 
 
 def moments(run: Path) -> dict[str, Tensor]:

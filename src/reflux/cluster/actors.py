@@ -7,11 +7,12 @@ import os
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from reflux.cluster.wire import Packed, packed
+from reflux.learners.sent_heads import SentHead
 from reflux.models.torch_settings import prepare_torch
 from reflux.runtime.library_logging import quiet_libraries
 from reflux.runtime.services import Services
@@ -34,19 +35,19 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Heading:
-    """What the process of the loop must know of an open teacher. head: the key of its output head. matrices:
-    of every head that targets may name, by key: weight, bias or None, scale and soft cap.
+class TeacherInfo:
+    """What the process of the loop must know of an open teacher. head: the key of its output head. heads: by
+    key, every head that targets may name and that is a plain matrix.
     """
 
     macs: int
     autocast: str
     context_tokens: int
     head: str
-    matrices: Mapping[str, tuple[Any, ...]]
+    heads: Mapping[str, SentHead]
 
 
-class Noted:
+class NoteBuffer:
     """A listener that keeps its messages until they are taken."""
 
     def __init__(self) -> None:
@@ -60,23 +61,26 @@ class Noted:
         return taken
 
 
-class PartActor:
-    """A part that is open from `open` to `close`. The part and its context are all that it knows."""
+class Actor:
+    """A process that Ray has started. gpus: the GPUs that are reserved for it."""
 
-    def __init__(self, part: Any, context: PartContext, gpus: float):
+    def __init__(self, gpus: float):
         if not gpus:
             # Ray hides no GPU from an actor that has reserved none.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+class PartActor(Actor):
+    """A part that is open from `open` to `close`. The part and its context are all that it knows."""
+
+    def __init__(self, part: Any, context: PartContext, gpus: float):
+        super().__init__(gpus)
         self.part, self.context = part, context
-        self.listener = Noted()
+        self.listener = NoteBuffer()
         self.services = Services(context.student, listener=self.listener)
         self.opened: Any = None
         self._ending = asyncio.Event()
         self._holding: asyncio.Task[None] | None = None
-
-    async def pid(self) -> int:
-        """The process."""
-        return os.getpid()
 
     async def open(self) -> Reply:
         """Open the part, and say what the process of the loop must know of it."""
@@ -87,7 +91,7 @@ class PartActor:
         # One task opens and closes it, as in a process of its own.
         self._holding = asyncio.create_task(self._hold(ready))
         self.opened = await ready
-        return self.answer(self.heading())
+        return self.reply(self.info())
 
     async def _hold(self, ready: asyncio.Future[Any]) -> None:
         try:
@@ -99,10 +103,10 @@ class PartActor:
                 raise
             ready.set_exception(error)
 
-    def heading(self) -> Heading | None:
+    def info(self) -> TeacherInfo | None:
         return None
 
-    def answer(self, result: Any) -> Reply:
+    def reply(self, result: Any) -> Reply:
         seconds = self.services.clock.take()
         # The wall clock of this process counts the time in which nothing is asked of it.
         seconds.pop("total")
@@ -123,8 +127,8 @@ class SamplerActor(PartActor):
         self._turns: dict[tuple[Purpose, int], asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def publish(self, weights: SentWeights, step: int) -> Reply:
-        await self.opened.publish(await weights.here(), step)
-        return self.answer(None)
+        await self.opened.publish(await weights.fetched(), step)
+        return self.reply(None)
 
     async def sample(self, share: Packed) -> Reply:
         """share: (prompt, number of attempts, sampling parameters) of some prompts of one step."""
@@ -132,19 +136,19 @@ class SamplerActor(PartActor):
         draw = replace(asked[0][2], cohort=len(asked))
         async with self._turns[draw.purpose, draw.step]:
             groups = await together(self.opened.sample(prompt, n, draw) for prompt, n, _ in asked)
-        return self.answer(groups)
+        return self.reply(groups)
 
 
 class TeacherActor(PartActor):
-    def heading(self) -> Heading:
+    def info(self) -> TeacherInfo:
         heads, opened = self.services.heads, self.opened
-        return Heading(
+        return TeacherInfo(
             macs=opened.macs,
             autocast=opened.autocast,
             context_tokens=opened.model.context_tokens,
             head=opened.head,
-            matrices={
-                key: (*matrix, head.scale, head.cap)
+            heads={
+                key: SentHead(*matrix, head.scale, head.cap)
                 for key, head in heads.items()
                 if (matrix := head.matrix) is not None
             },
@@ -152,20 +156,15 @@ class TeacherActor(PartActor):
 
     async def score(self, share: Packed) -> Reply:
         """share: a list of `TeacherRequest`."""
-        return self.answer(await self.opened.score(share.value()))
+        return self.reply(await self.opened.score(share.value()))
 
 
-class RankActor:
+class RankActor(Actor):
     """A process that holds a part of the student and takes part in its passes."""
 
     def __init__(self, learner: Learner, gpus: float):
-        if not gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        super().__init__(gpus)
         self.learner = learner
-
-    def pid(self) -> int:
-        """The process. It answers when it has started."""
-        return os.getpid()
 
     def follow(self, group: Mapping[str, str]) -> None:
         """Take part in the run until it ends. group: the environment variables that describe the group."""
@@ -179,26 +178,11 @@ class RankActor:
             os._exit(1)
 
 
-class SeatActor:
-    """Holds a place for a process that Ray has not started."""
-
-    def __init__(self, gpus: float):
-        self.reserved = gpus
+class DriverActor(Actor):
+    """Holds the bundle of the process of the loop, which Ray has not started and so cannot put there."""
 
     def gpus(self) -> list[str]:
         """The numbers of the GPUs that are reserved here."""
         import ray
 
         return [str(each) for each in ray.get_runtime_context().get_accelerator_ids().get("GPU", [])]
-
-
-def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Indices in at most `count` lists with about equal sums, ascending in each; no list is empty. The
-    largest come first, each to the list with the smallest sum so far.
-    """
-    sums, found = [0] * count, [list[int]() for _ in range(count)]
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        smallest = sums.index(min(sums))
-        sums[smallest] += sizes[index]
-        found[smallest].append(index)
-    return [sorted(indices) for indices in found if indices]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Seat:
+class Bundle:
     """What one process of a cluster is for, and the CPUs and GPUs that are reserved for it.
 
     role: "learner", "sampler" or "teacher". name: the teacher's table, else "". index: its number among the
@@ -37,7 +37,7 @@ class Seat:
     gpus: float
 
     @property
-    def group(self) -> str:
+    def label(self) -> str:
         """The role and the name, for users."""
         return f"{self.role} {self.name}".strip()
 
@@ -62,7 +62,7 @@ class ClusterPart(Part, Protocol):
 
 class Cluster(ClusterPart, Protocol):
     @property
-    def seats(self) -> tuple[Seat, ...]:
+    def bundles(self) -> tuple[Bundle, ...]:
         """All processes of the run, that of the loop first."""
         ...
 

@@ -1,30 +1,29 @@
-"""The learner's ranks above 0 as actors. Rank 0 is the process of the loop. They form the same group as the
-processes of torchrun, and are described by the same environment variables.
+"""The learner's ranks above 0 as actors. Rank 0 is the process of the loop. All ranks form one group, as the
+processes of torchrun do, and the same environment variables describe it.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from reflux.cluster.actors import RankActor, SeatActor
-from reflux.cluster.pool import end
-from reflux.errors import ConfigError
+from reflux.cluster.actors import DriverActor, RankActor
+from reflux.cluster.pool import end, first_line, not_ready
+from reflux.errors import ConfigError, ServerError
+from reflux.learners.rank_group import end_process
 
 if TYPE_CHECKING:
-    from reflux.cluster.base import Seat
+    from reflux.cluster.base import Bundle
     from reflux.learners.base import Learner
 
-# starts an actor of a class in a seat, with further arguments
+# starts an actor of a class in a bundle, with further arguments
 Place = Callable[..., Any]
 # Seconds in which the group itself notices a lost rank and says so. A rank that is lost before there is a
 # group is noticed here.
@@ -33,10 +32,12 @@ _LEAVING_S = 60.0
 
 
 @contextmanager
-def started(learner: Learner, seats: Sequence[Seat], place: Place) -> Iterator[None]:
-    """Ranks 1 and above, until the block ends. seats: of the whole run. place: starts an actor in a seat."""
-    ranks = [seat for seat in seats if seat.role == "learner"]
-    with _own_gpus(ranks[0], place):
+def started(learner: Learner, bundles: Sequence[Bundle], place: Place, timeout_s: float) -> Iterator[None]:
+    """Ranks 1 and above, until the block ends. bundles: of the whole run. place: starts an actor in a bundle.
+    timeout_s: seconds in which the actors must start.
+    """
+    ranks = [bundle for bundle in bundles if bundle.role == "learner"]
+    with _own_gpus(ranks[0], place, timeout_s):
         if len(ranks) == 1:
             yield
             return
@@ -45,10 +46,10 @@ def started(learner: Learner, seats: Sequence[Seat], place: Place) -> Iterator[N
                 "cluster.learner_ranks: torchrun has started ranks already. Start the run without torchrun, "
                 "or set cluster.learner_ranks = 1."
             )
-        actors = [place(RankActor, seat, learner) for seat in ranks[1:]]
+        actors = [place(RankActor, bundle, learner) for bundle in ranks[1:]]
         try:
             # Every process is there before the first of them waits for the others.
-            ray.get([actor.pid.remote() for actor in actors])
+            _wait([actor.__ray_ready__.remote() for actor in actors], timeout_s)
             group = {
                 "WORLD_SIZE": str(len(ranks)),
                 "MASTER_ADDR": ray.util.get_node_ip_address(),
@@ -68,17 +69,30 @@ def started(learner: Learner, seats: Sequence[Seat], place: Place) -> Iterator[N
 
 
 @contextmanager
-def _own_gpus(seat: Seat, place: Place) -> Iterator[None]:
-    """Hold the place of the process of the loop, which Ray has not started, and use its GPUs alone."""
-    if not seat.gpus:
+def _own_gpus(bundle: Bundle, place: Place, timeout_s: float) -> Iterator[None]:
+    """Hold the bundle of the process of the loop, and hide from it all GPUs but those of the bundle."""
+    if not bundle.gpus:
         yield
         return
-    holder = place(SeatActor, seat)
+    holder = place(DriverActor, bundle)
     try:
-        with environment({"CUDA_VISIBLE_DEVICES": ",".join(ray.get(holder.gpus.remote()))}):
+        with environment({"CUDA_VISIBLE_DEVICES": ",".join(_wait(holder.gpus.remote(), timeout_s))}):
             yield
     finally:
         end(holder)
+
+
+def _wait(references: Any, timeout_s: float) -> Any:
+    """The results of the first calls of the actors of ranks. ServerError where an actor does not start."""
+    try:
+        return ray.get(references, timeout=timeout_s)
+    except GetTimeoutError:
+        raise not_ready("a rank of the learner", timeout_s) from None
+    except RayActorError as error:
+        raise ServerError(
+            f"a rank of the learner did not start. Ray says: {first_line(error)} Its own messages are above "
+            "and in Ray's log folder."
+        ) from error
 
 
 @contextmanager
@@ -90,18 +104,13 @@ def _watched(following: Sequence[Any]) -> Iterator[None]:
         waiting = list(following)
         while waiting and not over.is_set():
             done, waiting = ray.wait(waiting, timeout=1.0)
-            try:
-                ray.get(done)
-            except RayError:
-                time.sleep(_NOTICED_S)
-                if over.is_set():
-                    return
-                sys.stderr.write(
-                    "\nreflux: a rank of the learner has ended, and the run ends with it. Unless it was "
-                    "killed, its own message is above. The last checkpoint is kept. Continue with --resume.\n"
-                )
-                sys.stderr.flush()
-                os._exit(2)
+            for reference in done:
+                try:
+                    ray.get(reference)
+                except RayError:
+                    if over.wait(_NOTICED_S):
+                        return
+                    end_process(1 + following.index(reference), 1 + len(following))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

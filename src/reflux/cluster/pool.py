@@ -1,9 +1,9 @@
-"""The actors of one part: each with what it has to do, and a new one in the place of one that ends."""
+"""The actors of one part. Work goes to the one with the least of it. An actor that ends is replaced."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,12 +15,14 @@ from reflux.runtime.together import together
 
 if TYPE_CHECKING:
     from reflux.cluster.actors import Reply
-    from reflux.cluster.base import Seat
+    from reflux.cluster.base import Bundle
     from reflux.runtime.services import Services
 
 Result = TypeVar("Result")
 # A call of an actor: it gives a reference to the result, which is awaited.
 Call = Callable[[Any], Awaitable[Any]]
+# The calls that bring a new actor to the state that all actors have.
+Opening = Callable[[], Iterable[Call]]
 # The process of the actor ended, or its answer was lost with the machine that it was on.
 _LOST = (RayActorError, OutOfMemoryError, ObjectLostError)
 # Seconds that an actor has to close its part, such as a server that it started.
@@ -28,40 +30,42 @@ _CLOSING_S = 20.0
 
 
 class Member:
-    """One seat and the actor in it. outstanding: the size of the work that it has been given. ended: how many
-    actors ended here since the last answer.
+    """One bundle and the actor in it. outstanding: the size of the work that it has been given. ended: how
+    many actors ended here since the last answer.
     """
 
-    def __init__(self, seat: Seat, actor: Any):
-        self.seat, self.actor = seat, actor
+    def __init__(self, bundle: Bundle, actor: Any):
+        self.bundle, self.actor = bundle, actor
         self.outstanding, self.ended = 0, 0
         self.replacing = asyncio.Lock()
 
     @property
-    def who(self) -> str:
-        return f"{self.seat.group} actor {self.seat.index}"
+    def label(self) -> str:
+        return f"{self.bundle.label} actor {self.bundle.index}"
 
 
 class Pool:
-    """start(seat): a new actor in this seat. prepare(actor): bring a new actor to the state that all have."""
+    """start(bundle): a new actor in this bundle. opening: the calls that every new actor gets first.
+    restarts: how often an actor may end without an answer in between. timeout_s: seconds of the opening.
+    """
 
     def __init__(
         self,
-        seats: Sequence[Seat],
-        start: Callable[[Seat], Any],
-        prepare: Callable[[Any], Awaitable[None]],
+        bundles: Sequence[Bundle],
+        start: Callable[[Bundle], Any],
+        opening: Opening,
         services: Services,
         *,
         restarts: int,
-        patience_s: float,
+        timeout_s: float,
     ):
-        self._start, self._prepare, self.services = start, prepare, services
-        self._restarts, self._patience_s = restarts, patience_s
-        self.members = [Member(seat, start(seat)) for seat in seats]
+        self._start, self._opening, self.services = start, opening, services
+        self._restarts, self._timeout_s = restarts, timeout_s
+        self.members = [Member(bundle, start(bundle)) for bundle in bundles]
 
-    async def prepare(self) -> None:
-        """Prepare all actors at the same time."""
-        await together(self._prepared(member) for member in self.members)
+    async def open(self) -> list[Reply]:
+        """Open all actors at the same time. Returns the reply of each one to its first call."""
+        return await together(self._opened(member) for member in self.members)
 
     async def least(self, size: int, call: Call) -> Reply:
         """The answer of the actor with the least outstanding work. size: of this work."""
@@ -80,55 +84,59 @@ class Pool:
         """The answer. Where the actor ends before it answers, the actor in its place is asked."""
         while True:
             async with member.replacing:
-                # A new actor is given nothing before it is prepared.
+                # A new actor is given nothing before it is open.
                 actor = member.actor
             try:
-                answer = await unwrapped(call(actor))
+                answer = await self._reply(actor, call)
             except _LOST as error:
                 await self._replace(member, actor, error)
                 continue
             member.ended = 0
             return answer
 
+    async def _reply(self, actor: Any, call: Call) -> Reply:
+        """The answer of this actor. What it tells the user is passed on."""
+        reply: Reply = await unwrapped(call(actor))
+        self.services.tell(reply.notes)
+        return reply
+
     async def _replace(self, member: Member, lost: Any, why: Exception) -> None:
         async with member.replacing:
             if member.actor is not lost:
                 # Another call has noticed it first.
                 return
-            self._count(member, why)
-            end(lost)
-            self.services.listener.noted(f"{member.who} has ended and is replaced. Its work is done again.")
-            member.actor = self._start(member.seat)
-            await self._prepared(member)
+            self._restart(member, why)
+            await self._opened(member)
 
-    async def _prepared(self, member: Member) -> None:
-        """Prepare the actor of a seat; one that ends meanwhile is replaced."""
+    async def _opened(self, member: Member) -> Reply:
+        """Open the actor of a bundle. One that ends meanwhile is replaced."""
         while True:
+            limit = asyncio.timeout(self._timeout_s)
             try:
-                await asyncio.wait_for(self._prepare(member.actor), self._patience_s)
-                return
+                async with limit:
+                    replies = [await self._reply(member.actor, call) for call in self._opening()]
+                return replies[0]
             except _LOST as error:
-                self._count(member, error)
-                end(member.actor)
-                member.actor = self._start(member.seat)
+                self._restart(member, error)
             except TimeoutError:
-                raise ServerError(
-                    f"{member.who} was not ready after {self._patience_s:g} s. "
-                    "The machine that it was on may be gone, or its model takes longer to load: raise "
-                    "cluster.start_timeout_s. The last checkpoint continues this run."
-                ) from None
+                if not limit.expired():
+                    raise
+                raise not_ready(member.label, self._timeout_s) from None
 
-    def _count(self, member: Member, why: Exception) -> None:
-        """Count an actor that has ended. ServerError after too many of them."""
+    def _restart(self, member: Member, why: Exception) -> None:
+        """Start an actor in the place of one that has ended. ServerError after too many of them."""
         member.ended += 1
         if member.ended > self._restarts:
             raise ServerError(
-                f"{member.who} has ended {member.ended} times without an answer in between "
-                f"(cluster.restarts = {self._restarts}). Ray says: {_first_line(why)} "
+                f"{member.label} has ended {member.ended} times without an answer in between "
+                f"(cluster.restarts = {self._restarts}). Ray says: {first_line(why)} "
                 "Its own messages are above and in Ray's log folder. The last checkpoint continues this run."
             ) from why
+        end(member.actor)
+        self.services.listener.noted(f"{member.label} has ended and is replaced. Its work is done again.")
+        member.actor = self._start(member.bundle)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Let every actor close its part, and end all of them."""
         closing = [asyncio.ensure_future(_closed(member.actor)) for member in self.members]
         try:
@@ -137,6 +145,11 @@ class Pool:
             for member, task in zip(self.members, closing, strict=True):
                 task.cancel()
                 end(member.actor)
+
+
+def open_part(actor: Any) -> Awaitable[Any]:
+    """The first call of every actor."""
+    return actor.open.remote()
 
 
 async def _closed(actor: Any) -> None:
@@ -162,5 +175,13 @@ def end(actor: Any) -> None:
     ray.kill(actor, no_restart=True)
 
 
-def _first_line(error: Exception) -> str:
+def not_ready(label: str, timeout_s: float) -> ServerError:
+    """The error for an actor that does not start or open in time."""
+    return ServerError(
+        f"{label} was not ready after {timeout_s:g} s. The machine that it was on may be gone, or its model "
+        "takes longer to load: raise cluster.start_timeout_s. The last checkpoint continues this run."
+    )
+
+
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.cluster.base import ClusterPart, Seat
+from reflux.cluster.base import Bundle, ClusterPart
 from reflux.config.registry import STRICT
 from reflux.types import FlowRollout
 
@@ -83,11 +83,11 @@ class Ray(ClusterPart):
                 "nothing is placed. Give samplers, teachers or learner_ranks, or remove the table with "
                 "cluster=none"
             )
-        for seat in self.seats:
-            if seat.gpus > 1 and seat.gpus % 1:
+        for bundle in self.bundles:
+            if bundle.gpus > 1 and bundle.gpus % 1:
                 raise ValueError(
-                    f"Ray gives a {seat.group} a share of one GPU or whole GPUs, and not {seat.gpus:g}. Use "
-                    f"{int(seat.gpus)} or {int(seat.gpus) + 1}"
+                    f"Ray gives a {bundle.label} a share of one GPU or whole GPUs, and not {bundle.gpus:g}. "
+                    f"Use {int(bundle.gpus)} or {int(bundle.gpus) + 1}"
                 )
         if self.address is not None and self.object_store_mb:
             raise ValueError(
@@ -96,17 +96,17 @@ class Ray(ClusterPart):
             )
 
     @property
-    def seats(self) -> tuple[Seat, ...]:
+    def bundles(self) -> tuple[Bundle, ...]:
         ranks = (
-            Seat("learner", "", index, self.cpus_per_rank, self.gpus_per_rank)
+            Bundle("learner", "", index, self.cpus_per_rank, self.gpus_per_rank)
             for index in range(self.learner_ranks)
         )
         samplers = (
-            Seat("sampler", "", index, self.cpus_per_sampler, self.gpus_per_sampler)
+            Bundle("sampler", "", index, self.cpus_per_sampler, self.gpus_per_sampler)
             for index in range(self.samplers)
         )
         teachers = (
-            Seat("teacher", table, index, self.cpus_per_teacher, self.gpus_per_teacher)
+            Bundle("teacher", table, index, self.cpus_per_teacher, self.gpus_per_teacher)
             for table, count in self.teachers.items()
             for index in range(count)
         )

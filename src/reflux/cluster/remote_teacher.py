@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reflux.cluster.actors import Heading, shares
 from reflux.cluster.wire import packed
 from reflux.errors import ModelError
-from reflux.kernels.head import Head
 from reflux.models.chat.renderer import Renderer
 from reflux.models.placement import first_device
 from reflux.models.text import load_tokenizer
+from reflux.runtime.even_shares import even_shares
 from reflux.runtime.together import together
 
 if TYPE_CHECKING:
-    from reflux.cluster.actors import Reply
+    from reflux.cluster.actors import TeacherInfo
     from reflux.cluster.pool import Pool
     from reflux.config.context import PartContext
     from reflux.runtime.services import Services
@@ -36,70 +35,42 @@ class Window:
 
 
 class RemoteTeacher:
-    """Divides requests among the actors by length. It has what the preflight measures of a teacher."""
+    """Divides requests among the actors by length. It has what the preflight measures of a teacher.
 
-    def __init__(self, part: Teacher, context: PartContext, services: Services):
-        self.services, self.table = services, context.name
-        self.pool: Pool | None = None
-        self.heading: Heading | None = None
+    pool: of actors in which the teacher is open. info: of the teacher.
+    """
+
+    def __init__(
+        self, part: Teacher, context: PartContext, services: Services, pool: Pool, info: TeacherInfo
+    ):
+        self.services, self.pool, self._keys = services, pool, list(info.heads)
+        self.macs, self.autocast, self.head = info.macs, info.autocast, info.head
+        self.model = Window(info.context_tokens)
         read_by = part.reader(context.student)
         # Only texts are placed.
         assert read_by is not None
-        where = f"teachers.{context.name}.model"
-        tokenizer = load_tokenizer(read_by.model, where, read_by.trust_remote_code, read_by.base_model)
+        where = f"teachers.{context.name}"
+        tokenizer = load_tokenizer(
+            read_by.model, f"{where}.model", read_by.trust_remote_code, read_by.base_model
+        )
         self.renderer = Renderer(tokenizer, read_by.system, read_by.template, read_by.prompt_suffix)
-
-    @property
-    def told(self) -> Heading:
-        assert self.heading is not None
-        return self.heading
-
-    @property
-    def macs(self) -> int:
-        return self.told.macs
-
-    @property
-    def autocast(self) -> str:
-        return self.told.autocast
-
-    @property
-    def head(self) -> str:
-        return self.told.head
-
-    @property
-    def model(self) -> Window:
-        return Window(self.told.context_tokens)
-
-    async def prepare(self, actor: Any) -> None:
-        """Open the part in a new actor. The first one tells what it is, and gives its output head."""
-        from reflux.cluster.pool import unwrapped
-
-        answer: Reply = await unwrapped(actor.open.remote())
-        self.services.tell(answer.notes)
-        if self.heading is None:
-            self.heading = answer.result.value()
-            self._take_heads(self.told)
-
-    def _take_heads(self, told: Heading) -> None:
-        if told.head not in told.matrices:
+        if info.head not in info.heads:
             raise ModelError(
-                f"teachers.{self.table}: its output head is quantised or has an adapter, and only a plain "
-                "one can be sent to the process of the loop. Give the teacher in float32 or bfloat16, with "
-                "its adapter merged, or leave it out of cluster.teachers."
+                f"{where}: its output head is quantised or has an adapter, and only a plain one can be sent "
+                "to the process of the loop. Give the teacher in float32 or bfloat16, with its adapter "
+                "merged, or leave it out of cluster.teachers."
             )
         device = first_device()
-        for key, (weight_VH, bias_V, scale, cap) in told.matrices.items():
-            bias = None if bias_V is None else bias_V.to(device)
-            self.services.heads.add(key, Head.of(weight_VH.to(device), bias, scale, cap))
+        for key, head in info.heads.items():
+            services.heads.add(key, head.on(device))
 
     def close(self) -> None:
-        for key in self.heading.matrices if self.heading else ():
+        for key in self._keys:
             self.services.heads.remove(key)
 
     async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
-        assert self.pool is not None
         sizes = [request.rollout.prompt_length + request.rollout.length for request in requests]
-        split = shares(sizes, len(self.pool.members))
+        split = [share for share in even_shares(sizes, len(self.pool.members)) if share]
         answers = await together(
             self._share([requests[index] for index in share], sum(sizes[index] for index in share))
             for share in split
@@ -113,10 +84,8 @@ class RemoteTeacher:
         return found
 
     async def _share(self, share: list[TeacherRequest], size: int) -> list[TeacherAnswer]:
-        assert self.pool is not None
         sent = packed(share)
         answer = await self.pool.least(size, lambda actor: actor.score.remote(sent))
-        self.services.tell(answer.notes)
         return answer.result.value()
 
     async def publish(self, weights: Weights, step: int) -> None:

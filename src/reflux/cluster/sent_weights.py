@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -32,7 +32,6 @@ class SentWeights:
     version: int
     pieces: tuple[Any, ...]
     adapter: tuple[Mapping[str, Any], Any] | None = None
-    sent_bytes: int = field(default=0, compare=False)
 
     @classmethod
     def put(cls, weights: Weights, precision: str) -> SentWeights:
@@ -40,14 +39,12 @@ class SentWeights:
         bits. Copying them into the sampler rounds them in the same way.
         """
         adapter = weights.adapter
-        sent, total = [], 0
-        for piece, size in _pieces(weights.tensors(), _NARROW.get(precision)):
-            sent.append(ray.put(packed(piece)))
-            total += size
+        pieces = _pieces(weights.tensors(), _NARROW.get(precision))
+        sent = tuple(ray.put(packed(piece)) for piece in pieces)
         kept = None if adapter is None else (dict(adapter.config), ray.put(packed(list(adapter.read()))))
-        return cls(weights.version, tuple(sent), kept, total)
+        return cls(weights.version, sent, kept)
 
-    async def here(self) -> InMemory:
+    async def fetched(self) -> InMemory:
         """The weights in an actor. They are read from the object store of its machine, piece by piece."""
         pieces: list[Packed] = [await piece for piece in self.pieces]
 
@@ -62,18 +59,16 @@ class SentWeights:
         return InMemory(self.version, read, adapter=AdapterWeights(config, tensors.value))
 
 
-def _pieces(
-    tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None
-) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """Tables of about `PIECE_BYTES` bytes, and their sizes."""
+def _pieces(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[dict[str, Tensor]]:
+    """Tables of about `PIECE_BYTES` bytes."""
     piece: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
         one = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         if piece and size + one.nbytes > PIECE_BYTES:
-            yield piece, size
+            yield piece
             piece, size = {}, 0
         piece[name] = one
         size += one.nbytes
     if piece:
-        yield piece, size
+        yield piece

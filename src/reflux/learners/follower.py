@@ -25,13 +25,13 @@ def follow(cfg: FSDP) -> None:
     ignore_signals()
     quiet_libraries()
     group = RankGroup.join(cfg.device)
-    opening = group.hear()
+    opening = group.receive()
     if opening is not None:
         part, context = opening
         prepare_torch(context.placement.threads, context.placement.deterministic)
         services = Services(context.student)
         learner = one_rank(part, context, services, group)
-        while (order := group.hear()) is not None:
+        while (order := group.receive()) is not None:
             work, arguments = order
             # Rank 0 refuses the same step, and says so.
             with suppress(StepRefused):

@@ -1,4 +1,4 @@
-"""Rank 0 of `learners.fsdp`: the learner that the loop knows. Each of its verbs that computes with the
+"""Rank 0 of `learners.fsdp`: the learner that the loop knows. Each of its methods that computes with the
 weights is a message to the other ranks, and all ranks then do the same work at the same time.
 """
 
@@ -44,7 +44,7 @@ class FSDPLearner:
         self.context, self.services = local.context, local.services
         self.access = SharedAccess(self)
         self._heads = HeadSender(local.services.heads)
-        # With max_staleness above 0, verbs may be called in different threads.
+        # With max_staleness above 0, methods may be called in different threads.
         self._turn = threading.Lock()
 
     @classmethod
@@ -52,7 +52,7 @@ class FSDPLearner:
     async def opened(cls, cfg: FSDP, context: PartContext, services: Services) -> AsyncIterator[FSDPLearner]:
         group = RankGroup.join(cfg.device)
         try:
-            group.tell([(cfg, context)] * group.size)
+            group.scatter([(cfg, context)] * group.size)
             group.busy = True
             local = await services.run_model(one_rank, cfg, context, services, group)
             group.busy = False
@@ -76,7 +76,7 @@ class FSDPLearner:
         """Run work(learner, *arguments[rank]) in every rank, and return the result of this one."""
         with self._turn:
             self.group.busy = True
-            self.group.tell([(work, each) for each in arguments])
+            self.group.scatter([(work, each) for each in arguments])
             try:
                 done = work(self.local, *arguments[0])
             except StepRefused:
@@ -84,7 +84,7 @@ class FSDPLearner:
                 self.group.busy = False
                 raise
             except RuntimeError:
-                self.group.explained()
+                self.group.wait_for_lost_rank()
                 raise
             self.local.ranks.rest()
             self.group.busy = False

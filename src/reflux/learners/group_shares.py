@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+from reflux.runtime.even_shares import even_shares
 from reflux.types import Attempt, Group
 
 
 def shares(groups: Sequence[Group], ranks: int) -> list[list[int]]:
-    """For each rank the indices of its groups, ascending. The longest groups come first, each to the rank
-    with the fewest positions so far.
-    """
-    costs = [sum(_positions(attempt) for attempt in group) for group in groups]
-    loads, found = [0] * ranks, [list[int]() for _ in range(ranks)]
-    for index in sorted(range(len(groups)), key=lambda index: -costs[index]):
-        rank = loads.index(min(loads))
-        loads[rank] += costs[index]
-        found[rank].append(index)
-    return [sorted(indices) for indices in found]
+    """For each rank the indices of its groups, ascending. The ranks have about as many positions."""
+    return even_shares([sum(_positions(attempt) for attempt in group) for group in groups], ranks)
 
 
 def places(groups: Sequence[Group], share: Sequence[int]) -> list[int]:

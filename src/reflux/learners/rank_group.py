@@ -37,7 +37,7 @@ class RankGroup:
 
     def __init__(self, device: torch.device):
         self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
-        self.messages, self._pulse = (
+        self.messages, self._goodbyes = (
             cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_NEVER)) for _ in range(2)
         )
         # True while ranks compute together. After an error in such a time no message is expected.
@@ -74,11 +74,11 @@ class RankGroup:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def tell(self, messages: Sequence[Any]) -> Any:
+    def scatter(self, messages: Sequence[Any]) -> Any:
         """Send each rank its message, and return that of this rank. Only rank 0 calls it."""
         return self._scattered(list(messages))
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         """Wait for the message of rank 0."""
         return self._scattered(None)
 
@@ -95,22 +95,22 @@ class RankGroup:
 
     def leave(self) -> None:
         """End the group. Rank 0 tells the others by the message None, unless they compute and do not listen.
-        Another rank calls this when it has heard None.
+        Another rank calls this when it has received None.
         """
         if self.leads and self.busy and self.size > 1:
             # The others notice when this process ends.
             self.failed = True
             return
         if self.leads:
-            self.tell([None] * self.size)
+            self.scatter([None] * self.size)
         else:
-            dist.send(torch.zeros(1), 0, group=self._pulse)
+            dist.send(torch.zeros(1), 0, group=self._goodbyes)
         for watch in self._watches:
             watch.join()
         dist.barrier(group=self.messages)
         dist.destroy_process_group()
 
-    def explained(self) -> None:
+    def wait_for_lost_rank(self) -> None:
         """Wait, after an error while ranks computed together. If the reason is a rank that has ended, this
         process ends meanwhile, with a sentence.
         """
@@ -122,18 +122,23 @@ class RankGroup:
         in the middle of a long model call, and files are never half written.
         """
         try:
-            dist.recv(torch.zeros(1), rank, group=self._pulse)
+            dist.recv(torch.zeros(1), rank, group=self._goodbyes)
         except RuntimeError:
             if self.failed:
                 # This process ends with an error of its own, which must be heard.
                 return
-            sys.stderr.write(
-                f"\nreflux: rank {rank} of {self.size} has ended, and the run ends with it. Unless it was "
-                "killed, its own message is above. The last checkpoint is kept. Continue with --resume, with "
-                "this number of processes or another one.\n"
-            )
-            sys.stderr.flush()
-            os._exit(2)
+            end_process(rank, self.size)
+
+
+def end_process(rank: int, size: int) -> None:
+    """End this process with a sentence, after another rank has ended: a part of the weights is gone."""
+    sys.stderr.write(
+        f"\nreflux: rank {rank} of {size} has ended, and the run ends with it. Unless it was killed, its own "
+        "message is above. The last checkpoint is kept. Continue with --resume, with this number of "
+        "processes or another one.\n"
+    )
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def ignore_signals() -> None:

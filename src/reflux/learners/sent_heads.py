@@ -22,14 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SentHead:
-    """An output head on its way: weight_VH and bias_V over the real vocabulary, on the CPU; the factor and
-    the soft cap of its logits.
+    """An output head on its way to another process: weight_VH and bias_V over the real vocabulary; the factor
+    and the soft cap of its logits.
     """
 
     weight_VH: Tensor
     bias_V: Tensor | None
     scale: float
     cap: float | None
+
+    def on(self, device: torch.device | str) -> Head:
+        """The head, on a device of the process that it was sent to."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return Head.of(self.weight_VH.to(device), bias_V, self.scale, self.cap)
 
 
 @dataclass
@@ -75,5 +80,4 @@ def take(learner: HFLearner, news: dict[str, SentHead]) -> None:
     heads, device = learner.services.heads, learner.model.device
     for key, sent in news.items():
         heads.remove(key)
-        bias_V = None if sent.bias_V is None else sent.bias_V.to(device)
-        heads.add(key, Head.of(sent.weight_VH.to(device), bias_V, sent.scale, sent.cap))
+        heads.add(key, sent.on(device))
