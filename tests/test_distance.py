@@ -243,8 +243,8 @@ def test_log_probs_at_temperature_1_are_kept_where_they_differ() -> None:
         Attempt(rollout(3)),
         Attempt(replace(rollout(3), logp_raw_T=np.asarray([-1, -2, -3], np.float32))),
     )
-    assert "logp_raw" not in arrived(plain, 0)
-    line = arrived(warm, 0)
+    assert "logp_raw" not in arrived(plain)
+    line = arrived(warm)
     line = json.loads(
         json.dumps(
             {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in line.items()}

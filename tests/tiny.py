@@ -147,6 +147,7 @@ def context(
         prompts_per_step=1,
         group_size=1,
         max_staleness=0,
+        order="ready",
         training_positions=12,
         evaluation_positions=12,
     )

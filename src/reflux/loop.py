@@ -21,13 +21,13 @@ from reflux.loss.step import StepRequest
 from reflux.models.torch_settings import crowding, prepare_torch
 from reflux.rewards.base import OpenReward, judge
 from reflux.rewards.weighted import open_rewards
-from reflux.runtime.pipeline import Attempting, Pipeline
+from reflux.runtime.pipeline import Ask, Attempting, Pipeline
 from reflux.runtime.services import Services
 from reflux.runtime.signals import stopping_on_signals
 from reflux.samplers.base import OpenSampler
 from reflux.teachers.collection import Teachers
 from reflux.training import Options, Run
-from reflux.types import Group, Prompt
+from reflux.types import Group
 
 Parts = tuple[OpenLearner, OpenSampler, OpenReward | None, Teachers, extrapolations.OpenExtrapolation]
 
@@ -62,7 +62,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             async for groups in stream:
                 now = run.step_context(version=learner.version)
                 # Teachers answer again only where an answer is missing or the context has changed.
-                await teachers.score(groups, now)
+                await teachers.score_again(groups, now)
                 # The current student's outputs, and the teachers' at its top-k, where a part requires them.
                 await observe(learner, groups)
                 await teachers.follow_up(groups)
@@ -81,9 +81,11 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                 await publish(learner, sampler, teachers, run.step + 1)
                 await preflight()
                 run.advance(result, groups, learner, teachers, jumped, score.take())
+                run.positions = stream.positions
                 if run.due("eval"):
-                    # An evaluation may put averaged weights into the sampler. Attempts must not use them.
-                    await stream.settle()
+                    if cfg.learner.averages:
+                        # The sampler gets the averaged weights. Attempts must not use them.
+                        await stream.settle()
                     await run.evaluate(learner, sampler, teachers, extrapolation)
                 if run.due("save"):
                     run.save(learner, teachers, extrapolation)
@@ -99,13 +101,14 @@ def attempting(
     """The function that samples, judges and scores the group of one prompt, and writes it to disk."""
     cfg = run.cfg
 
-    async def attempt(prompt: Prompt, step: int) -> Group:
-        group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))
+    async def attempt(ask: Ask) -> Group:
+        group = await sampler.sample(ask.prompt, cfg.group_size, cfg.draw(ask.step, ask.cohort))
+        for each in group:
+            each.asked_step = ask.step
         await judge(reward, group)
-        now = run.step_context(step, learner.version)
-        await teachers.score([group], now, cohort=cfg.prompts_per_step)
+        await teachers.score([group], run.step_context(ask.step, learner.version), ask.cohort)
         # Attempts are on disk before anything else can happen to them.
-        run.write(group, step)
+        run.write(group)
         return group
 
     return attempt
@@ -125,10 +128,12 @@ def pipeline(run: Run, attempt: Attempting) -> Pipeline:
     return Pipeline(
         run.prompts,
         attempt,
-        first_step=run.step,
-        steps=run.steps_left,
+        positions=run.positions,
+        steps=cfg.steps,
         per_step=cfg.prompts_per_step,
         max_staleness=cfg.max_staleness,
+        ahead=cfg.steps_ahead,
+        order=cfg.order,
     )
 
 

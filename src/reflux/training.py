@@ -24,9 +24,10 @@ from reflux.errors import Stopped
 from reflux.evals.base import Source, is_due
 from reflux.evals.evaluation import Evaluation
 from reflux.loss.step import StepResult
-from reflux.metrics.flops import TOKENS, Landed, Ran, Work, add_up
+from reflux.metrics.flops import TOKENS, Landed, Ran, add_up
 from reflux.metrics.step_metrics import step_metrics
 from reflux.metrics.trackers import NoTracker, Tracker, open_tracker
+from reflux.runtime.positions import Positions
 from reflux.runtime.refreshes import Refreshes
 from reflux.runtime.services import Services
 from reflux.runtime.watch import Silent, Watch
@@ -61,13 +62,13 @@ class Run:
         cfg: RunConfig,
         requirements: Requirements,
         options: Options,
-        step: int,
+        positions: Positions,
         prompts: Iterator[Prompt],
     ):
         self.cfg, self.requirements, self.dir, self.watch = cfg, requirements, options.out, options.watch
-        # the training prompts from step `step` on
-        self.prompts = prompts
-        self.seed, self.task, self.step = cfg.seed, cfg.task, step
+        # the training prompts from block `positions.first` on, and which of them are consumed
+        self.prompts, self.positions = prompts, positions
+        self.seed, self.task, self.step = cfg.seed, cfg.task, (step := positions.consumed)
         self.resumed = step if options.resume else None
         self.stopping = False
         overlap = cfg.max_staleness > 0 or cfg.sampler.overlaps
@@ -82,8 +83,7 @@ class Run:
         self._started = time.perf_counter()
         # `open` replaces it once the lock is held
         self._tracker: Tracker = NoTracker()
-        # by the optimiser step (from 0) that the attempts were sampled for
-        self.landed: dict[int, Landed] = {}
+        self.landed = Landed()
         self._lock = (self.dir / ".lock").open("w")
 
     @classmethod
@@ -92,8 +92,6 @@ class Run:
         if the directory already has a run and is not resumed, or if it belongs to another recipe.
         """
         run_dir.check_place(options.out)
-        saved = checkpoints.steps(options.out / "checkpoints")
-        step = saved[-1] if options.resume and saved else 0
         if options.resume:
             run_dir.check_same(cfg, options.out)
         else:
@@ -101,9 +99,10 @@ class Run:
         # Missing files and invalid data raise an error before anything is written. The folders of models
         # come first, because data may have to be downloaded.
         checks.inputs(cfg)
-        prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)
+        positions = run_dir.positions(options.out) if options.resume else Positions.after(0)
+        prompts = cfg.task.prompts("train", cfg.seed, positions.first * cfg.prompts_per_step)
         run_dir.make(options.out)
-        run = cls(cfg, requirements, options, step, prompts)
+        run = cls(cfg, requirements, options, positions, prompts)
         with ExitStack() as undo:
             undo.callback(run.close)
             if note := run_dir.take_lock(run._lock, run.dir):
@@ -111,7 +110,7 @@ class Run:
             # before config.toml is written, because the tracker's package may be missing
             run._tracker = open_tracker(cfg.track, run.dir, to_table(cfg))
             run_dir.write_recipe(cfg, run.dir)
-            run_dir.cut_back(run.dir, step)
+            run_dir.cut_back(run.dir, run.step)
             undo.pop_all()
         return run
 
@@ -119,10 +118,6 @@ class Run:
         files.append_lines(self.dir / name, [dict(row)])
 
     # --- values for the loop and the parts
-
-    @property
-    def steps_left(self) -> int:
-        return max(0, self.cfg.steps - self.step)
 
     def step_context(self, step: int | None = None, version: int = 0) -> StepContext:
         return StepContext(self.step if step is None else step, self.seed, version)
@@ -143,12 +138,10 @@ class Run:
         teachers.load(kept / "teachers")
         extrapolation.load(kept / "extrapolation")
 
-    def write(self, group: Group, step: int) -> None:
-        """Write the first line of each attempt to disk. step: the step that the group was sampled for."""
-        self.landed.setdefault(step, Landed()).add(group[0].rollout.prompt.key, Work.of(group))
-        files.append_lines(
-            self.dir / "attempts.jsonl", [attempt_log.arrived(attempt, step) for attempt in group]
-        )
+    def write(self, group: Group) -> None:
+        """Write the first line of each attempt to disk."""
+        self.landed.add(group)
+        files.append_lines(self.dir / attempt_log.NAME, [attempt_log.arrived(attempt) for attempt in group])
 
     def advance(
         self,
@@ -162,7 +155,7 @@ class Run:
         """Count a finished step, and write its metrics and the second line of each attempt. jumped: True if
         extrapolation replaced the weights. scored: the work of extrapolation's scores.
         """
-        discarded, on_policy = self.landed.pop(self.step, Landed()).discarded, self.cfg.sampler.on_policy
+        discarded, on_policy = self.landed.take(groups), self.cfg.sampler.on_policy
         updates = result.stats["updates"].value if "updates" in result.stats else 0
         # of the policy that was trained on these attempts, before the step
         version = learner.version - int(updates or 0) - jumped
@@ -172,7 +165,7 @@ class Run:
             result.stats, ran, groups, version, tables, macs, clock, discarded, scored, on_policy
         )
         files.append_lines(
-            self.dir / "attempts.jsonl",
+            self.dir / attempt_log.NAME,
             [attempt_log.learned(a, self.step) for group in groups for a in group],
         )
         self.step += 1
@@ -262,6 +255,7 @@ class Run:
             "learner": learner.save,
             "teachers": teachers.save,
             "extrapolation": extrapolation.save,
+            "positions": lambda folder: checkpoints.write(folder, self.positions.state()),
             "run": lambda folder: checkpoints.write(folder, {**self.totals, "seconds": self.seconds}),
         }
         # The student is exported first, so it is never older than the newest checkpoint.

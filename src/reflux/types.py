@@ -71,7 +71,7 @@ class Rollout:
     prompt: Prompt
     # index of the attempt in its group
     sample: int
-    # policy version that sampled the first turn
+    # the oldest policy version that sampled a position of it
     version: int
     finish: Finish
     # bool, True where the student chose
@@ -80,6 +80,8 @@ class Rollout:
     logp_T: np.ndarray
     # float32, nats, at temperature 1 without top-p; None where that is the distribution sampled from
     logp_raw_T: np.ndarray | None = None
+    # int64, the policy version that sampled each position; None where that is `version` everywhere
+    version_T: np.ndarray | None = None
     # the outputs of the policy that sampled the attempt, where a part requires them
     behaviour: TopKTarget | SampledTarget | VelocityTarget | None = None
     # positions that the student ran forward to sample it; None: the prompt and every position once
@@ -100,10 +102,8 @@ class Rollout:
 
     @property
     def policy_logp_T(self) -> np.ndarray:
-        """Log-probs of the sampled choices under the policy itself, at temperature 1 without top-p; nats.
-
-        A divergence from a teacher and a comparison with the current student use these. An importance ratio
-        divides by the probabilities of `logp_T` instead, the distribution that was sampled from.
+        """Log-probs of the sampled choices under the policy itself, at temperature 1 without top-p; nats. An
+        importance ratio divides by the probabilities of `logp_T`, the distribution that was sampled from.
         """
         return self.logp_T if self.logp_raw_T is None else self.logp_raw_T
 
@@ -250,6 +250,8 @@ class Attempt:
     """All data of one attempt. The target of a teacher that was not asked or gave none is None."""
 
     rollout: Rollout
+    # the optimiser step (from 0) that it was sampled for; with staleness it may be trained in another one
+    asked_step: int = 0
     reward: Reward | None = None
     # by teacher name, in the order of names
     answers: dict[str, TeacherAnswer] = field(default_factory=dict)
@@ -269,9 +271,7 @@ class Attempt:
 
     @property
     def verdict(self) -> float | None:
-        """The reward's value. None where the attempt was not judged, where its finish is in UNJUDGED, and
-        where the value is not finite.
-        """
+        """The reward's value. None where it is missing or not finite, or where the finish is in UNJUDGED."""
         value = None if self.reward is None or self.rollout.finish in UNJUDGED else self.reward.value
         return None if value is None or not math.isfinite(value) else float(value)
 

@@ -60,7 +60,7 @@ def sampled(model: Model) -> tuple[list[list[int]], list[Tensor]]:
         )
         for i, (ids, (_, budget)) in enumerate(zip(prompts, ROWS, strict=True))
     ]
-    turns = decode(model, asks, 0, cpu_decoder(model))
+    turns = decode(model, asks, lambda: 0, cpu_decoder(model))
     texts = [ids + turn.tokens for ids, turn in zip(prompts, turns, strict=True)]
     return texts, [torch.as_tensor(turn.raw_T) for turn in turns]
 

@@ -12,14 +12,22 @@ from reflux.runtime.cohorts import Gather
 class Scribe:
     def __init__(self, delay_s: float = 0.0, fails: bool = False):
         self.calls: list[list[str]] = []
+        self.stopped: list[list[str]] = []
         self.delay_s, self.fails, self.running = delay_s, fails, 0
 
     async def __call__(self, items: list[str]) -> list[str]:
         self.running += 1
         # one cohort at a time
         assert self.running == 1
-        await asyncio.sleep(self.delay_s)
-        self.running -= 1
+        try:
+            await asyncio.sleep(self.delay_s)
+        except asyncio.CancelledError:
+            # as a model call ends at its next token
+            await asyncio.sleep(0.01)
+            self.stopped.append(items)
+            raise
+        finally:
+            self.running -= 1
         self.calls.append(items)
         if self.fails:
             raise OSError("the model is gone")
@@ -60,7 +68,22 @@ def test_cancelled_requests_leave_their_cohort_and_can_be_asked_again() -> None:
     asyncio.run(main())
 
 
-def test_a_call_in_progress_is_finished_and_its_answer_dropped() -> None:
+def test_a_call_in_progress_is_finished_for_those_that_still_wait() -> None:
+    async def main() -> None:
+        scribe = Scribe(delay_s=0.05)
+        gather = Gather(scribe)
+        first, second = (asyncio.ensure_future(gather.ask(0, 2, place, place)) for place in "ab")
+        await asyncio.sleep(0.01)
+        first.cancel()
+        assert await second == "B"
+        await asyncio.wait([first])
+        assert first.cancelled()
+        assert (scribe.calls, scribe.stopped) == ([["a", "b"]], [])
+
+    asyncio.run(main())
+
+
+def test_a_call_that_nobody_waits_for_is_stopped() -> None:
     async def main() -> None:
         scribe = Scribe(delay_s=0.05)
         gather = Gather(scribe)
@@ -74,7 +97,7 @@ def test_a_call_in_progress_is_finished_and_its_answer_dropped() -> None:
         )
         assert second == ["AA", "BB"]
         # never at the same time
-        assert scribe.calls == [["a", "b"], ["aa", "bb"]]
+        assert (scribe.stopped, scribe.calls) == ([["a", "b"]], [["aa", "bb"]])
 
     asyncio.run(main())
 
@@ -161,7 +184,7 @@ def test_a_cancelled_request_is_gone_when_its_call_is_over() -> None:
             await asyncio.sleep(0.001)
         assert scribe.running == 1
         await asyncio.wait(asks)
-        assert scribe.calls == [["a", "b"]]
+        assert (scribe.stopped, scribe.calls) == ([["a", "b"]], [])
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(main())

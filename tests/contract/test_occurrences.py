@@ -20,7 +20,8 @@ from reflux.config.requirements import Requirements
 from reflux.config.step_context import SamplingParams
 from reflux.evals.evaluation import Evaluation
 from reflux.runtime.occurrences import numbered
-from reflux.runtime.pipeline import Pipeline
+from reflux.runtime.pipeline import Ask, Pipeline
+from reflux.runtime.positions import Positions
 from reflux.training import Options, Run
 from reflux.types import Attempt, Prompt
 from tiny import same
@@ -44,13 +45,15 @@ def test_later_occurrences_have_a_number_and_no_key_occurs_twice() -> None:
 def test_each_step_counts_anew_and_a_refresh_keeps_the_numbers() -> None:
     asked: list[tuple[int, str]] = []
 
-    async def attempt(prompt: Prompt, step: int) -> Any:
-        asked.append((step, prompt.key))
+    async def attempt(ask: Ask) -> Any:
+        asked.append((ask.step, ask.prompt.key))
         return []
 
     async def main() -> None:
         prompts = cycle([Prompt("a", ()), Prompt("b", ())])
-        stream = Pipeline(prompts, attempt, first_step=4, steps=2, per_step=3, max_staleness=1)
+        stream = Pipeline(
+            prompts, attempt, positions=Positions.after(4), steps=6, per_step=3, max_staleness=1, ahead=1
+        )
         await anext(stream)
         stream.refresh()
         await anext(stream)
@@ -114,10 +117,15 @@ def test_an_attempt_at_a_further_occurrence_is_not_counted_as_discarded(tmp_path
     run = Run.open(load_recipe("vopd", {"steps": 1}), Requirements(), Options(tmp_path / "run"))
     with closing(run):
         for prompt in numbered([Prompt("a", tiny.rollout(3).messages)] * 2):
-            run.write([Attempt(replace(tiny.rollout(3), prompt=prompt))], 0)
-        assert run.landed[0].discarded.sampled == 0
-        run.write([Attempt(replace(tiny.rollout(3), prompt=Prompt("a", prompt.messages)))], 0)
-        assert run.landed[0].discarded.sampled == 3
+            run.write([Attempt(replace(tiny.rollout(3), prompt=prompt))])
+        assert run.landed.take([]).sampled == 0
+        again = [Attempt(replace(tiny.rollout(3), prompt=Prompt("a", prompt.messages)))]
+        run.write(again)
+        assert run.landed.take([again]).sampled == 3
+        # It was used, and the same prompt of another step is another group.
+        run.write(again)
+        run.write([replace(again[0], asked_step=1)])
+        assert run.landed.take([]).sampled == 0
 
 
 def test_an_evaluation_with_one_prompt_twice_asks_two_different_keys() -> None:

@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, nullcontext
-from itertools import count
-from typing import Any
+from itertools import count, islice
+from typing import Any, Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from reflux.runtime.pipeline import Pipeline
+from reflux.runtime.pipeline import Ask, Pipeline
+from reflux.runtime.positions import Positions
 from reflux.runtime.together import together
 from reflux.types import Group, Prompt
 
@@ -32,7 +36,8 @@ class Script:
         self.gates: dict[tuple[int, str], asyncio.Future[None]] = {}
         self.fails: set[tuple[int, str]] = set()
 
-    async def __call__(self, prompt: Prompt, step: int) -> Any:
+    async def __call__(self, ask: Ask) -> Any:
+        prompt, step, _ = ask
         key, version = (step, prompt.id), self.version
         self.started.append(key)
         try:
@@ -58,16 +63,20 @@ def stream(
     steps: int = 4,
     per_step: int = 2,
     max_staleness: int = 0,
-    first_step: int = 0,
+    ahead: int | None = None,
+    order: Literal["ready", "strict"] = "ready",
+    positions: Positions = Positions.after(0),
     end: int | None = None,
 ) -> Pipeline:
     return Pipeline(
         prompts(end),
         script,
-        first_step=first_step,
-        steps=steps,
+        positions=positions,
+        steps=positions.consumed + steps,
         per_step=per_step,
         max_staleness=max_staleness,
+        ahead=max_staleness if ahead is None else ahead,
+        order=order,
     )
 
 
@@ -103,7 +112,7 @@ def test_steps_and_prompts_come_in_order_and_lag_is_bounded_and_reached(max_stal
 
 def test_first_step_names_the_steps() -> None:
     script = Script()
-    found = asyncio.run(consume(stream(script, steps=2, first_step=5), script))
+    found = asyncio.run(consume(stream(script, steps=2, positions=Positions.after(5)), script))
     assert [step for groups in found for step, _, _ in groups] == [5, 5, 6, 6]
 
 
@@ -183,7 +192,8 @@ def test_a_dropped_attempt_is_gone_before_its_prompt_is_asked_again() -> None:
     alive: list[str] = []
     ended: list[str] = []
 
-    async def stubborn(prompt: Prompt, step: int) -> Group:
+    async def stubborn(ask: Ask) -> Group:
+        prompt = ask.prompt
         assert prompt.id not in alive
         alive.append(prompt.id)
         try:
@@ -198,11 +208,13 @@ def test_a_dropped_attempt_is_gone_before_its_prompt_is_asked_again() -> None:
         return []
 
     async def main() -> None:
-        pipe = Pipeline(prompts(), stubborn, first_step=0, steps=4, per_step=1, max_staleness=1)
+        pipe = Pipeline(
+            prompts(), stubborn, positions=Positions.after(0), steps=4, per_step=1, max_staleness=1, ahead=1
+        )
         ahead = pipe.__aiter__()
         await anext(ahead)
         # in flight and not landed, as behind a slow model
-        pipe._start(upto=2)
+        pipe._start()
         await asyncio.sleep(0)
         pipe.refresh()
         assert [groups async for groups in ahead] == [[[]]] * 3
@@ -211,12 +223,122 @@ def test_a_dropped_attempt_is_gone_before_its_prompt_is_asked_again() -> None:
     assert ended
 
 
+# --- the window
+
+
+def test_a_slow_group_delays_nobody_within_the_window_and_everybody_at_its_end() -> None:
+    """At most 2 steps late: 1 step ahead, and a window of 2."""
+
+    async def main() -> None:
+        script = Script()
+        pipe = stream(script, steps=8, max_staleness=3, ahead=1)
+        script.instant = False
+        found: list[list[Any]] = []
+
+        async def step() -> None:
+            script.land(*(key for key in script.started if key != (0, "1") and not script.gate(key).done()))
+            found.append([group[0][:2] for group in await anext(pipe)])
+
+        first = asyncio.ensure_future(anext(pipe))
+        await asyncio.sleep(0.01)
+        script.land((0, "0"))
+        # without any other group it has to wait
+        await asyncio.sleep(0.01)
+        assert not first.done()
+        script.land((1, "2"))
+        found.append([group[0][:2] for group in await first])
+        for _ in range(2):
+            ask = asyncio.ensure_future(step())
+            await asyncio.sleep(0.01)
+            script.land(*(key for key in script.started if key != (0, "1") and not script.gate(key).done()))
+            await asyncio.wait_for(ask, 1)
+        assert found == [[(0, "0"), (1, "2")], [(1, "3"), (2, "4")], [(2, "5"), (3, "6")]]
+        last = asyncio.ensure_future(step())
+        await asyncio.sleep(0.01)
+        script.land(*(key for key in script.started if key != (0, "1") and not script.gate(key).done()))
+        await asyncio.sleep(0.01)
+        # all others have landed, and this is the last step that may take it
+        assert pipe.in_flight == 1
+        assert not last.done()
+        script.land((0, "1"))
+        await asyncio.wait_for(last, 1)
+        assert found[3] == [(0, "1"), (3, "7")]
+        await pipe.aclose()
+
+    asyncio.run(main())
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_the_bound_holds_and_every_prompt_is_used_once_whatever_is_slow(data: st.DataObject) -> None:
+    """Groups land in any order, one at a time and only where the consumer waits; some steps refresh, and
+    sometimes another pipeline goes on from the positions, as after a resume.
+    """
+    max_staleness = data.draw(st.integers(0, 4))
+    ahead = data.draw(st.integers(0, max_staleness))
+    per_step, steps = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
+    order = data.draw(st.sampled_from(["ready", "strict"]))
+
+    async def main() -> None:
+        script, used = Script(instant=False), []
+        positions, done = Positions.after(0), 0
+        while done < steps:
+            kept = Positions.from_state(json.loads(json.dumps(positions.state())))
+            assert kept == positions
+            script = Script(instant=False)
+            script.version = done
+            pipe = Pipeline(
+                islice(prompts(), positions.first * per_step, None),
+                script,
+                positions=kept,
+                steps=steps,
+                per_step=per_step,
+                max_staleness=max_staleness,
+                ahead=ahead,
+                order=order,
+            )
+            while done < steps:
+                ask = asyncio.ensure_future(anext(pipe))
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                while not ask.done():
+                    open_ = [key for key, gate in script.gates.items() if not gate.done()]
+                    assert len(open_) <= (ahead + 1) * per_step
+                    script.land(data.draw(st.sampled_from(sorted(open_))))
+                    for _ in range(4):
+                        await asyncio.sleep(0)
+                groups = [group[0] for group in await ask]
+                assert groups == sorted(groups, key=lambda group: (group[0], int(group[1])))
+                assert all(0 <= done - version <= max_staleness for _, _, version in groups)
+                if order == "strict":
+                    assert [step for step, _, _ in groups] == [done] * per_step
+                used += [int(prompt) for _, prompt, _ in groups]
+                done += 1
+                script.version = done
+                what = data.draw(st.sampled_from(["go on", "go on", "refresh", "resume"]))
+                if what == "refresh":
+                    script.gates = {key: gate for key, gate in script.gates.items() if gate.done()}
+                    pipe.refresh()
+                    await pipe._clear_dropped()
+                    script.gates.clear()
+                elif what == "resume":
+                    break
+            positions = pipe.positions
+            await pipe.aclose()
+        assert sorted(used) == list(range(steps * per_step))
+        assert positions == Positions(steps, steps)
+
+    asyncio.run(main())
+
+
 def test_settle_lets_attempts_finish_and_starts_none() -> None:
     async def main() -> None:
         script = Script()
         pipe = stream(script, steps=6, max_staleness=2)
 
         async def then(done: int) -> None:
+            # what was asked for begins
+            await asyncio.sleep(0)
             before = len(script.started)
             await pipe.settle()
             assert pipe.in_flight == 0
@@ -228,7 +350,8 @@ def test_settle_lets_attempts_finish_and_starts_none() -> None:
     asyncio.run(main())
 
 
-def test_an_exception_surfaces_at_the_yield_of_its_step() -> None:
+@pytest.mark.parametrize(("order", "steps"), [("strict", [1, 2]), ("ready", [])])
+def test_an_exception_surfaces_at_the_yield_of_its_step_or_of_the_next(order: Any, steps: list[int]) -> None:
     script = Script()
     script.fails = {(2, "5")}
     seen: list[int] = []
@@ -239,8 +362,8 @@ def test_an_exception_surfaces_at_the_yield_of_its_step() -> None:
         await asyncio.sleep(0.01)
 
     with pytest.raises(KeyError, match=r"attempt \(2, '5'\)"):
-        asyncio.run(consume(stream(script, steps=6, max_staleness=3), script, then))
-    assert seen == [1, 2]
+        asyncio.run(consume(stream(script, steps=6, max_staleness=3, order=order), script, then))
+    assert seen == steps
 
 
 def test_an_exception_does_not_wait_for_its_siblings() -> None:
@@ -270,7 +393,8 @@ class Deadlock(Script):
         super().__init__()
         self.ends = ends
 
-    async def __call__(self, prompt: Prompt, step: int) -> Any:
+    async def __call__(self, ask: Ask) -> Any:
+        prompt, step, _ = ask
         key = (step, prompt.id)
         self.started.append(key)
         if key in self.ends:
@@ -287,14 +411,17 @@ ENDINGS = [KeyError("broken"), TimeoutError(), asyncio.CancelledError()]
 @pytest.mark.parametrize("then", ["nothing", "settle", "settle and refresh", "refresh"])
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: type(ending).__name__)
+@pytest.mark.parametrize("order", ["ready", "strict"])
 def test_a_cohort_that_is_never_whole_ends_with_the_error(
-    ending: BaseException, max_staleness: int, then: str
+    order: Any, ending: BaseException, max_staleness: int, then: str
 ) -> None:
-    """Where its siblings would wait for ever, at the yield of its step, whatever the consumer does before."""
+    """Where its siblings would wait for ever, at the yield of its step or, with order "ready", of the step
+    after its end, whatever the consumer does before.
+    """
 
     async def main() -> list[int]:
         script = Deadlock({(2, "5"): ending})
-        pipe = stream(script, steps=5, max_staleness=max_staleness)
+        pipe = stream(script, steps=5, max_staleness=max_staleness, order=order)
         seen: list[int] = []
 
         async def after(done: int) -> None:
@@ -314,7 +441,8 @@ def test_a_cohort_that_is_never_whole_ends_with_the_error(
         assert len(asyncio.all_tasks()) == 1
         return seen
 
-    assert asyncio.run(main()) == [1, 2]
+    early = order == "ready" and max_staleness == 2
+    assert asyncio.run(main()) == ([1] if early else [1, 2])
 
 
 def test_an_error_comes_before_its_siblings_cancellations_and_of_several_the_first_in_prompt_order() -> None:
@@ -350,7 +478,8 @@ def test_no_error_is_left_for_the_garbage_collector_to_tell() -> None:
 def test_a_sibling_is_cancelled_once_so_that_it_can_clean_up() -> None:
     cleaned: list[str] = []
 
-    async def attempt(prompt: Prompt, step: int) -> Group:
+    async def attempt(ask: Ask) -> Group:
+        prompt = ask.prompt
         if prompt.id in ("1", "2"):
             raise KeyError(prompt.id)
         try:
@@ -363,7 +492,15 @@ def test_a_sibling_is_cancelled_once_so_that_it_can_clean_up() -> None:
 
     async def main() -> None:
         async with aclosing(
-            Pipeline(prompts(), attempt, first_step=0, steps=1, per_step=4, max_staleness=0)
+            Pipeline(
+                prompts(),
+                attempt,
+                positions=Positions.after(0),
+                steps=1,
+                per_step=4,
+                max_staleness=0,
+                ahead=0,
+            )
         ) as pipe:
             with pytest.raises(KeyError, match="1"):
                 await anext(pipe)
@@ -373,8 +510,8 @@ def test_a_sibling_is_cancelled_once_so_that_it_can_clean_up() -> None:
 
 
 def test_an_error_of_an_attempt_that_is_being_dropped_is_not_lost() -> None:
-    async def attempt(prompt: Prompt, step: int) -> Group:
-        if step == 0:
+    async def attempt(ask: Ask) -> Group:
+        if ask.step == 0:
             return []
         try:
             await asyncio.Event().wait()
@@ -384,7 +521,15 @@ def test_an_error_of_an_attempt_that_is_being_dropped_is_not_lost() -> None:
 
     async def main() -> None:
         async with aclosing(
-            Pipeline(prompts(), attempt, first_step=0, steps=3, per_step=1, max_staleness=1)
+            Pipeline(
+                prompts(),
+                attempt,
+                positions=Positions.after(0),
+                steps=3,
+                per_step=1,
+                max_staleness=1,
+                ahead=1,
+            )
         ) as pipe:
             await anext(pipe)
             await asyncio.sleep(0)
@@ -421,7 +566,8 @@ def test_closing_waits_for_what_was_dropped() -> None:
     async def main() -> None:
         gone: list[str] = []
 
-        async def stubborn(prompt: Prompt, step: int) -> Group:
+        async def stubborn(ask: Ask) -> Group:
+            prompt, step, _ = ask
             try:
                 await asyncio.sleep(0 if step == 0 else 60)
             finally:
@@ -430,7 +576,15 @@ def test_closing_waits_for_what_was_dropped() -> None:
             return []
 
         async with aclosing(
-            Pipeline(prompts(), stubborn, first_step=0, steps=4, per_step=1, max_staleness=1)
+            Pipeline(
+                prompts(),
+                stubborn,
+                positions=Positions.after(0),
+                steps=4,
+                per_step=1,
+                max_staleness=1,
+                ahead=1,
+            )
         ) as pipe:
             await anext(pipe)
             pipe.refresh()

@@ -163,7 +163,7 @@ def test_the_written_config_names_every_field_of_the_run() -> None:
     table = tomllib.loads(to_toml(load_recipe("rl_opd")))
     absent = {name for name in (entry.name for entry in fields(RunConfig)) if name not in table}
     # TOML has no null
-    assert absent == {"cluster", "extrapolation", "refresh"}
+    assert absent == {"ahead", "cluster", "extrapolation", "refresh"}
 
 
 def test_a_run_holds_its_resolved_config(tiny_run: Callable[..., Any]) -> None:
@@ -197,9 +197,9 @@ def test_every_attempt_survives_in_its_recorded_fields(
 
     mask = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
     spoken = replace(rollout(length, finish=finish, mask=mask), text=text, version=3, sample=2)
-    made = Attempt(spoken, reward=reward)
+    made = Attempt(spoken, 4, reward)
     with TemporaryDirectory() as scratch:
-        append_lines(Path(scratch) / "attempts.jsonl", [attempt_log.arrived(made, 4)])
+        append_lines(Path(scratch) / "attempts.jsonl", [attempt_log.arrived(made)])
         (line,) = read_lines(Path(scratch) / "attempts.jsonl")
     again = read_attempt(line)
     assert isinstance(again.rollout, TokenRollout)
@@ -233,10 +233,10 @@ def flow_rollout(steps: int = 3, *, side: int = 4, colour: bool = False, **field
     return FlowRollout(**{**made, **fields})
 
 
-def first_line(made: Attempt, step: int = 4) -> dict[str, Any]:
+def first_line(made: Attempt) -> dict[str, Any]:
     """The first line of an attempt as it is read from the file."""
     with TemporaryDirectory() as scratch:
-        append_lines(Path(scratch) / "attempts.jsonl", [attempt_log.arrived(made, step)])
+        append_lines(Path(scratch) / "attempts.jsonl", [attempt_log.arrived(made)])
         (line,) = read_lines(Path(scratch) / "attempts.jsonl")
     return line
 
@@ -256,7 +256,7 @@ def test_every_image_survives_in_its_recorded_fields(
     t_S = np.linspace(1, 0, steps + 1)
     t_S = (shift * t_S / (1 + (shift - 1) * t_S)).astype(np.float32)
     drawn = flow_rollout(steps, side=side, colour=colour, t_S=t_S, finish=finish)
-    line = first_line(Attempt(drawn, reward=reward))
+    line = first_line(Attempt(drawn, 4, reward))
     again = read_attempt(line)
     assert isinstance(again.rollout, FlowRollout)
     for name in ("sample", "version", "finish", "noise_level", "guidance"):
@@ -293,7 +293,7 @@ def test_the_line_of_a_text_is_the_same_as_ever() -> None:
         append_lines(
             path,
             [
-                attempt_log.arrived(Attempt(spoken, reward=reward), 0)
+                attempt_log.arrived(Attempt(spoken, reward=reward))
                 for reward in (Reward(1.0), Reward(1.0, {"style": 0.5}))
             ],
         )
@@ -306,7 +306,7 @@ def test_an_attempt_of_no_known_kind_is_refused_in_words() -> None:
         prompt=Prompt("p", ()), sample=0, version=0, finish="stop", mask_T=nothing, logp_T=nothing
     )
     with pytest.raises(TypeError, match="Rollout is neither"):
-        attempt_log.arrived(Attempt(other), 0)
+        attempt_log.arrived(Attempt(other))
     with pytest.raises(ValueError, match="must have one of the keys tokens, image"):
         read_attempt({"kind": "attempt", "step": 1})
 

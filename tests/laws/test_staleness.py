@@ -117,7 +117,7 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
     ]
     made = {}
     for (prompt, sample), one, turn in zip(
-        rows, asks, decode(model, asks, step, cpu_decoder(model)), strict=True
+        rows, asks, decode(model, asks, lambda: step, cpu_decoder(model)), strict=True
     ):
         made[prompt.id, sample] = Attempt(
             TokenRollout(

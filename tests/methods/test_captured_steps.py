@@ -85,7 +85,7 @@ def test_a_repeated_step_reads_nothing_from_the_host(kind: str, monkeypatch: pyt
     loaded = model(**MODELS[kind])
     decoder, asks = opened(loaded), asked(loaded, 17, top_k=3)
     assert (decoder.graphs.failure is not None) == (kind in UNCAPTURED), decoder.graphs.failure
-    same(decode(loaded, asks, 0, decoder), decode(loaded, asks, 0))
+    same(decode(loaded, asks, lambda: 0, decoder), decode(loaded, asks, lambda: 0))
     # at the trial, and for two numbers of rows
     assert decoder.graphs.captured == (0 if kind in UNCAPTURED else 3)
 
@@ -95,5 +95,5 @@ def test_so_does_every_kind_of_draw(how: dict[str, float], monkeypatch: pytest.M
     monkeypatch.setattr(graphs.Graphs, "of", recorded)
     loaded = model("qwen3")
     decoder, asks = opened(loaded), asked(loaded, draw=replace(DRAW, **how))
-    same(decode(loaded, asks, 0, decoder), decode(loaded, asks, 0))
+    same(decode(loaded, asks, lambda: 0, decoder), decode(loaded, asks, lambda: 0))
     assert decoder.graphs.failure is None

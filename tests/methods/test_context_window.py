@@ -77,7 +77,7 @@ def test_within_the_limit_no_log_prob_depends_on_later_tokens() -> None:
     assert model.context_tokens == 24
     ask = TurnRequest(list(range(2, 22)), 5, 1, SamplingParams(0, "train", 5))
     with pytest.raises(ModelError, match="a text of up to 25 tokens was asked for"):
-        decode(model, [ask], 0)
+        decode(model, [ask], lambda: 0)
     ids = here(torch.arange(2, 34))[None]
     states = {
         length: model.trunk(input_ids=ids[:, :length]).last_hidden_state[0, :8] for length in (8, 24, 25)

@@ -200,7 +200,7 @@ def test_turns_are_those_of_the_long_way(kind: str) -> None:
     asks = [
         TurnRequest([5 + row, *range(6, 7 + row)], 4 + 3 * row, row * 7919, draw, top_k=3) for row in range(9)
     ]
-    short, long = decode(loaded, asks, 0, opened(loaded)), decode(loaded, asks, 0)
+    short, long = decode(loaded, asks, lambda: 0, opened(loaded)), decode(loaded, asks, lambda: 0)
     assert len({len(turn.tokens) for turn in long}) > 3
     assert {turn.finish for turn in long} == {"stop", "length"}
     for one, other in zip(short, long, strict=True):

@@ -110,8 +110,8 @@ def same(ones: Sequence[Turn], others: Sequence[Turn]) -> None:
 def test_turns_are_those_of_one_token_at_a_time_and_log_probs_the_models_own(kind: str) -> None:
     loaded = model(**MODELS[kind])
     asks = asked(loaded)
-    eager = decode(loaded, asks, 3)
-    static = decode(loaded, asks, 3, opened(loaded))
+    eager = decode(loaded, asks, lambda: 3)
+    static = decode(loaded, asks, lambda: 3, opened(loaded))
     same(static, eager)
     assert {turn.finish for turn in static} == {"stop", "length"}
     for ask, turn in zip(asks, static, strict=True):
@@ -131,21 +131,21 @@ def test_turns_are_those_of_one_token_at_a_time_and_log_probs_the_models_own(kin
 def test_temperature_top_p_and_the_recorded_top_k(how: dict[str, float], top_k: int) -> None:
     loaded = model("llama")
     asks = asked(loaded, draw=replace(DRAW, **how), top_k=top_k)
-    same(decode(loaded, asks, 0, opened(loaded)), decode(loaded, asks, 0))
+    same(decode(loaded, asks, lambda: 0, opened(loaded)), decode(loaded, asks, lambda: 0))
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_stop_text_ends_a_row_in_the_middle_of_a_chunk(size: int) -> None:
     loaded = model("qwen3")
     decoder, asks = opened(loaded), asked(loaded)
-    free = decode(loaded, asks, 0, decoder)
+    free = decode(loaded, asks, lambda: 0, decoder)
     longest = max(free, key=lambda turn: len(turn.tokens))
     # tokens 21 and following: the sixth of the second chunk
     word = loaded.tokenizer.decode(longest.tokens[21 : 21 + size])
     assert len(word) == size
     asks = asked(loaded, draw=replace(DRAW, stop=(word,)))
-    turns = decode(loaded, asks, 0, decoder)
-    same(turns, decode(loaded, asks, 0))
+    turns = decode(loaded, asks, lambda: 0, decoder)
+    same(turns, decode(loaded, asks, lambda: 0))
     assert len(turns[free.index(longest)].tokens) <= 21 + size < len(longest.tokens)
 
 
@@ -159,7 +159,7 @@ def test_tokens_are_read_back_once_in_every_16(monkeypatch: pytest.MonkeyPatch) 
     for most in (1, 16, 17, 50):
         read.clear()
         asks = [replace(ask, max_tokens=most) for ask in asked(loaded)]
-        longest = max(len(turn.tokens) for turn in decode(loaded, asks, 0, decoder))
+        longest = max(len(turn.tokens) for turn in decode(loaded, asks, lambda: 0, decoder))
         assert len(read) == math.ceil(longest / bucket.LOOK_EVERY)
         assert sum(read) <= most
 
@@ -175,18 +175,18 @@ def test_rows_move_to_smaller_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
         "take_over",
         lambda self, other, index: moved.append(self.rows) or take_over(self, other, index),
     )
-    turns = decode(loaded, asks, 0, decoder)
+    turns = decode(loaded, asks, lambda: 0, decoder)
     assert moved == sorted(moved, reverse=True)
     assert moved[-1] == 8
-    same(turns, decode(loaded, asks, 0))
+    same(turns, decode(loaded, asks, lambda: 0))
     # once more with buffers that are in use already
-    same(decode(loaded, asks, 0, decoder), turns)
+    same(decode(loaded, asks, lambda: 0, decoder), turns)
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = model("qwen3")
     asks, decoder = asked(loaded), opened(loaded)
-    whole, read = decode(loaded, asks, 0, decoder), []
+    whole, read = decode(loaded, asks, lambda: 0, decoder), []
     forward = prompts.Prompts._read
     monkeypatch.setattr(prompts, "_TOKENS", 50)
     monkeypatch.setattr(
@@ -196,7 +196,7 @@ def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
             read.append((stop - start, width)) or forward(self, start, stop, width)
         ),
     )
-    same(decode(loaded, asks, 0, decoder), whole)
+    same(decode(loaded, asks, lambda: 0, decoder), whole)
     assert [width for _, width in read] == sorted((width for _, width in read), reverse=True)
     assert all(rows == 1 or rows * width <= 50 for rows, width in read)
     # two of the nine prompts are equal
@@ -208,7 +208,7 @@ def test_a_finished_row_stays_within_the_table_of_positions() -> None:
     loaded = model("gpt2", n_embd=32, n_head=4, n_layer=2, max_position_embeddings=48)
     assert loaded.trunk.wpe.num_embeddings == 48
     asks = [TurnRequest(list(range(2, 49)), 1, 3, DRAW), TurnRequest([5], 40, 4, DRAW)]
-    same(decode(loaded, asks, 0, opened(loaded)), decode(loaded, asks, 0))
+    same(decode(loaded, asks, lambda: 0, opened(loaded)), decode(loaded, asks, lambda: 0))
 
 
 def test_numbers_that_are_none_do_not_outlive_their_weights() -> None:
@@ -216,9 +216,9 @@ def test_numbers_that_are_none_do_not_outlive_their_weights() -> None:
     decoder, asks = opened(loaded), asked(loaded)
     broken = {name: torch.full_like(value, torch.nan) for name, value in other.net.state_dict().items()}
     publish(loaded, broken)
-    decode(loaded, asks, 0, decoder)
+    decode(loaded, asks, lambda: 0, decoder)
     publish(loaded, other.net.state_dict())
-    same(decode(loaded, asks, 0, decoder), decode(other, asks, 0))
+    same(decode(loaded, asks, lambda: 0, decoder), decode(other, asks, lambda: 0))
 
 
 def publish(loaded: Model, weights: dict[str, Any]) -> None:
@@ -231,17 +231,17 @@ def publish(loaded: Model, weights: dict[str, Any]) -> None:
 def test_published_weights_keep_the_graphs_and_moved_weights_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, other = model("qwen3"), model("qwen3", seed=5)
     decoder, asks = opened(loaded), asked(loaded)
-    decode(loaded, asks, 0, decoder)
+    decode(loaded, asks, lambda: 0, decoder)
     captured: list[object] = []
     monkeypatch.setattr(static_decoder.Graphs, "of", lambda self, work, state: captured.append(state) or work)
     publish(loaded, other.net.state_dict())
-    same(decode(loaded, asks, 0, decoder), decode(other, asks, 0))
+    same(decode(loaded, asks, lambda: 0, decoder), decode(other, asks, lambda: 0))
     assert captured == []
     norm = loaded.trunk.norm
     norm.weight = torch.nn.Parameter(norm.weight * 0.5)
-    turns = decode(loaded, asks, 0, decoder)
+    turns = decode(loaded, asks, lambda: 0, decoder)
     assert len(captured) > 0
-    same(turns, decode(loaded, asks, 0))
+    same(turns, decode(loaded, asks, lambda: 0))
 
 
 def test_what_is_no_longer_used_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,11 +263,11 @@ def test_what_is_no_longer_used_is_freed_at_once(monkeypatch: pytest.MonkeyPatch
     gc.collect()
     gc.disable()
     try:
-        decode(loaded, asks[:2], 0, decoder)
+        decode(loaded, asks[:2], lambda: 0, decoder)
         layers: list[Any] = [layer for b in decoder.buckets.values() for layer in b.cache.layers]
         buffers = [weakref.ref(layer.keys) for layer in layers]
         del layers
-        decode(loaded, asks, 0, decoder)
+        decode(loaded, asks, lambda: 0, decoder)
         assert all(buffer() is None for buffer in buffers)
         assert len(chunks) > 6
     finally:
@@ -280,7 +280,7 @@ def test_the_oldest_graphs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_decoder, "_MOST", 2)
     for temperature in (0.5, 0.6, 0.7, 0.8):
         asks = asked(loaded, draw=replace(DRAW, temperature=temperature))
-        same(decode(loaded, asks, 0, decoder), decode(loaded, asks, 0))
+        same(decode(loaded, asks, lambda: 0, decoder), decode(loaded, asks, lambda: 0))
     assert len(decoder.buckets) == 2
 
 
@@ -320,7 +320,7 @@ def test_sixteen_bits_agree_within_their_rounding() -> None:
     loaded = model("qwen3")
     narrow = as_model(loaded.net.to(torch.bfloat16), character_tokenizer())
     asks = asked(narrow)
-    for ask, turn in zip(asks, decode(narrow, asks, 0, opened(narrow)), strict=True):
+    for ask, turn in zip(asks, decode(narrow, asks, lambda: 0, opened(narrow)), strict=True):
         gap_T = np.abs(turn.raw_T - own_logp(narrow, ask, turn))
         assert np.median(gap_T) < 0.05
 
@@ -359,4 +359,4 @@ def test_a_failed_capture_is_told_and_decoding_goes_on() -> None:
     assert (way.slow, way.text) == (False, "CUDA graphs")
     decoder.graphs.failure = "operation not permitted"
     assert (way.slow, "failed: operation not permitted" in way.text) == (True, True)
-    same(decode(loaded, asks, 0, decoder), decode(loaded, asks, 0))
+    same(decode(loaded, asks, lambda: 0, decoder), decode(loaded, asks, lambda: 0))

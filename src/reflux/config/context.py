@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from reflux.config.requirements import Requirements
 
@@ -64,6 +64,8 @@ class Numbers:
     group_size: int
     # at most so many optimiser steps between sampling an attempt and learning from it
     max_staleness: int
+    # "ready" or "strict": the key `order` of the recipe
+    order: Literal["ready", "strict"]
     # the most positions of a training attempt, over all steps
     training_positions: int
     # the most positions of an attempt of an evaluation or of extrapolation's score

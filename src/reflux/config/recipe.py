@@ -80,7 +80,14 @@ class RunConfig:
     steps: Annotated[int, Field(ge=0)] = 200
     prompts_per_step: Count = 64
     group_size: Count = 1
+    # at most so many optimiser steps lie between the oldest token of an attempt and its training
     max_staleness: Annotated[int, Field(ge=0)] = 0
+    # the steps whose attempts are asked for in advance, at most max_staleness; not set: max_staleness. The
+    # difference is the window: a slow attempt may be that many steps late before training waits for it
+    ahead: Annotated[int | None, Field(ge=0)] = None
+    # "ready": a step takes the oldest groups that are complete, and the weights change between two tokens.
+    # "strict": steps take groups in the order of prompts, and the weights change between steps' groups only
+    order: Literal["ready", "strict"] = "ready"
     seed: int = 0
     loss_aggregation: Literal["token-mean-weighted", "token-mean", "seq-mean-token-mean"] = (
         "token-mean-weighted"
@@ -115,9 +122,16 @@ class RunConfig:
         """
         return self.sampler.evaluation_positions
 
-    def draw(self, step: int) -> SamplingParams:
-        """The sampling parameters of the attempts for optimiser step `step` (from 0)."""
-        return dataclasses.replace(self.sampler.draw(step), cohort=self.prompts_per_step)
+    @property
+    def steps_ahead(self) -> int:
+        """The number of later steps whose attempts are in progress or finished while a step is trained."""
+        return self.max_staleness if self.ahead is None else self.ahead
+
+    def draw(self, step: int, cohort: int | None = None) -> SamplingParams:
+        """The sampling parameters of the attempts for optimiser step `step` (from 0). cohort: the number of
+        groups that are requested together; None: those of a step.
+        """
+        return dataclasses.replace(self.sampler.draw(step), cohort=cohort or self.prompts_per_step)
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> RunConfig:
@@ -216,6 +230,7 @@ def part_context(cfg: RunConfig, requirements: Requirements, name: str, run_fold
             cfg.prompts_per_step,
             cfg.group_size,
             cfg.max_staleness,
+            cfg.order,
             cfg.training_positions,
             cfg.evaluation_positions,
         ),

@@ -172,7 +172,7 @@ class Freshness(CreditPart):
             return Credit()
         lag = version - rollout.version
         drifts = {
-            "rollout_drift": self._rollout_drift(attempt) if lag and self.alpha else 0.0,
+            "rollout_drift": self._rollout_drift(attempt, version) if lag and self.alpha else 0.0,
             "supervision_drift": self._supervision_drift(attempt),
         }
         known = {name: drift for name, drift in drifts.items() if drift is not None}
@@ -198,20 +198,24 @@ class Freshness(CreditPart):
             },
         )
 
-    def _rollout_drift(self, attempt: Attempt) -> float | None:
+    def _rollout_drift(self, attempt: Attempt, version: int) -> float | None:
         """D_roll in nats; None where one of the two policies was not recorded."""
         rollout, now = attempt.rollout, attempt.now
         if now is None:
             return None
+        drift_T = None
         if self.drift == "exact" and rollout.behaviour is not None:
             # Lists and velocities need no output head.
-            return _mean(now.drift_T(rollout.behaviour, rollout, Heads()), rollout.mask_T)
-        if self.drift == "sampled" and now.logp_T is not None:
+            drift_T = now.drift_T(rollout.behaviour, rollout, Heads())
+        elif self.drift == "sampled" and now.logp_T is not None:
             log_rho_T = now.logp_T.astype(np.float64) - rollout.policy_logp_T
             # rho log rho is 0 at rho = 0.
             least_T = np.maximum(log_rho_T, -700.0)
-            return _mean(np.exp(least_T) * least_T - np.expm1(least_T), rollout.mask_T)
-        return None
+            drift_T = np.exp(least_T) * least_T - np.expm1(least_T)
+        if drift_T is not None and rollout.version_T is not None:
+            # A position that the current policy sampled has none, also where rounding gives one.
+            drift_T = np.where(rollout.version_T == version, 0.0, drift_T)
+        return _mean(drift_T, rollout.mask_T)
 
     def _supervision_drift(self, attempt: Attempt) -> float | None:
         """D_sup in nats; None where the teacher that was asked has no target, or no comparable one."""

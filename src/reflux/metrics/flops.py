@@ -8,11 +8,11 @@ although no model runs after it. So the count equals the length of prompt and an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reflux.types import Attempt
+from reflux.types import Attempt, Group
 
 # keys in metrics.jsonl: tokens of a step's attempts, tokens of extrapolation's scorings, discarded tokens
 TOKENS = ("tokens_sampled", "tokens_scored", "tokens_discarded")
@@ -63,18 +63,30 @@ class Ran:
 
 
 class Landed:
-    """The computation of the attempts of one step that are sampled so far. If a prompt is sampled again after
-    extrapolation moved the weights, the new attempts replace the old ones, which count as discarded.
+    """The computation of the groups that are sampled and not trained on. If a prompt is sampled again after a
+    refresh, the new attempts replace the old ones, which count as discarded.
     """
 
     def __init__(self) -> None:
-        self.discarded = Work()
-        # by prompt
-        self._latest: dict[str, Work] = {}
+        self._discarded = Work()
+        # by the step that the group was asked for, and its prompt
+        self._latest: dict[tuple[int, str], Work] = {}
 
-    def add(self, prompt: str, work: Work) -> None:
-        self.discarded += self._latest.pop(prompt, Work())
-        self._latest[prompt] = work
+    def add(self, group: Group) -> None:
+        key = _place(group)
+        self._discarded += self._latest.pop(key, Work())
+        self._latest[key] = Work.of(group)
+
+    def take(self, groups: Iterable[Group]) -> Work:
+        """The computation of what was discarded since the last call. groups: those that a step has used."""
+        for group in groups:
+            self._latest.pop(_place(group), None)
+        discarded, self._discarded = self._discarded, Work()
+        return discarded
+
+
+def _place(group: Group) -> tuple[int, str]:
+    return group[0].asked_step, group[0].rollout.prompt.key
 
 
 def add_up(totals: dict[str, float], metrics: Mapping[str, Any]) -> None:

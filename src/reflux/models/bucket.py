@@ -79,15 +79,16 @@ class Bucket:
         self.drawn_B += 1
         self.line_1 += 1
 
-    def begin(self, length_B: Tensor, width: int, keys_B: Tensor) -> None:
-        """Prompts of `width` columns have been read; length_B: their lengths without padding."""
+    def begin(self, length_B: Tensor, width: int, keys_B: Tensor, drawn_B: Tensor) -> None:
+        """Prompts of `width` columns have been read; length_B: their lengths without padding. drawn_B: the
+        numbers of tokens at their ends that were drawn before.
+        """
         count = len(length_B)
         for state in (self.place_B, self.keys_B, self.drawn_B, self.line_1):
             state.zero_()
         self.column_1.fill_(width)
-        self.place_B[:count], self.keys_B[:count] = (
-            length_B.to(self.place_B.device),
-            keys_B.to(self.keys_B.device),
+        self.place_B[:count], self.keys_B[:count], self.drawn_B[:count] = (
+            given_B.to(self.place_B.device) for given_B in (length_B, keys_B, drawn_B)
         )
         columns_M = torch.arange(self.length, device=self.mask_BM.device)
         self.mask_BM.copy_(columns_M >= width - self.place_B[:, None])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -40,23 +41,42 @@ class DrawnRows(Protocol):
 
 @torch.inference_mode()
 def decode(
-    model: Model, asks: Sequence[TurnRequest], version: int, decoder: CpuDecoder | StaticDecoder | None = None
+    model: Model,
+    asks: Sequence[TurnRequest],
+    renew: Callable[[], int],
+    decoder: CpuDecoder | StaticDecoder | None = None,
 ) -> list[Turn]:
     """Sample one turn for each of `asks`, each as one row of the batch. Rows are padded on the left. A row
     stops at an end token, at its max_tokens, or at the token in which a stop text ends.
 
-    version: the policy version that is recorded for the tokens. decoder: a faster way, where the model has
-    one.
+    renew: called before each draw. It may replace the weights, and returns their policy version, which is
+    recorded for the tokens. After a change the unfinished rows are read again from their tokens, because
+    their cached keys and values are those of the old weights. decoder: a faster way, where the model has one.
     """
     _refuse_beyond_window(model, asks)
-    written = Written(model, asks)
-    static = isinstance(decoder, StaticDecoder)
-    rows: DrawnRows = decoder.rows(asks) if static else OneByOne(model, asks, decoder)
+    written, version = Written(model, asks), renew()
+    rows, requests_B = _rows(model, asks, decoder), np.arange(len(asks))
     while True:
-        going = written.add(rows.owners, rows.draw())
+        going = written.add(requests_B[rows.owners], rows.draw(), version)
         if not going:
-            return written.turns(version)
-        rows.keep(going)
+            return written.turns()
+        before, version = version, renew()
+        if version == before:
+            rows.keep(going)
+            continue
+        requests_B, tokens = requests_B[rows.owners[going]], written.tokens_so_far
+        rows = _rows(model, [_continued(asks[place], tokens[place]) for place in requests_B], decoder)
+
+
+def _rows(model: Model, asks: Sequence[TurnRequest], decoder: CpuDecoder | StaticDecoder | None) -> DrawnRows:
+    static = isinstance(decoder, StaticDecoder)
+    return decoder.rows(asks) if static else OneByOne(model, asks, decoder)
+
+
+def _continued(ask: TurnRequest, tokens: list[int]) -> TurnRequest:
+    """The rest of a turn of which `tokens` are drawn."""
+    drawn = len(tokens)
+    return replace(ask, ids=ask.ids + tokens, max_tokens=ask.max_tokens - drawn, drawn=ask.drawn + drawn)
 
 
 def _refuse_beyond_window(model: Model, asks: Sequence[TurnRequest]) -> None:
@@ -76,7 +96,9 @@ class OneByOne:
         self.model, self.asks = model, asks
         self.owners = np.arange(len(asks))
         self.position_B, self.keys_B = torch.tensor(
-            [[0] * len(asks), [ask.rng_key for ask in asks]], dtype=torch.int64, device=model.device
+            [[ask.drawn for ask in asks], [ask.rng_key for ask in asks]],
+            dtype=torch.int64,
+            device=model.device,
         )
         self.steps = token_steps(model, decoder, max(ask.max_tokens for ask in asks))
         # the tokens that the rows have drawn last

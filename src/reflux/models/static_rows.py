@@ -77,7 +77,8 @@ class StaticRows:
             chunk = None
             chunk = next(chunks, None)
         bucket = self.decoder.bucket(rows, length, draw, top_k)
-        bucket.begin(prompts.length_B, prompts.width, torch.tensor([ask.rng_key for ask in self.asks]))
+        keys_B, drawn_B = torch.tensor([[ask.rng_key for ask in self.asks], [ask.drawn for ask in self.asks]])
+        bucket.begin(prompts.length_B, prompts.width, keys_B, drawn_B)
         bucket.take(self.decoder.model.head.logits(h_BH))
         return bucket
 

@@ -15,8 +15,9 @@ from reflux.config.step_context import SamplingParams
 class TurnRequest:
     """One assistant turn to be generated."""
 
-    # all tokens before the turn
+    # all tokens before the next one to be drawn
     ids: list[int]
+    # the most tokens that are still drawn
     max_tokens: int
     # the key of the turn's random numbers, which depend on it and on the position
     rng_key: int
@@ -24,6 +25,8 @@ class TurnRequest:
     draw: SamplingParams
     # number of the student's most likely tokens that are recorded at each position
     top_k: int = 0
+    # the number of tokens of the turn that are drawn already; they are the last of `ids`
+    drawn: int = 0
 
 
 @dataclass(slots=True)

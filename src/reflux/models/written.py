@@ -24,23 +24,23 @@ class Written:
         self.tokens: list[list[int]] = [[] for _ in asks]
         # characters of each row after the end of its stop text
         self.beyond = [0] * len(asks)
-        # per step: the requests of the unfinished rows, and what was picked for them
+        # per step: the requests of the unfinished rows, what was picked for them, and the policy version
         self.steps: list[tuple[np.ndarray, list[np.ndarray]]] = []
 
-    def add(self, owners: np.ndarray, picked: Sequence[np.ndarray]) -> list[int]:
+    def add(self, owners: np.ndarray, picked: Sequence[np.ndarray], version: int) -> list[int]:
         """Add the tokens of C steps. What a row drew after its end is left out. Returns the unfinished rows.
 
         owners: the request that each row of the batch belongs to. picked: columns [C, B, ...] as `pick` gives
-        them.
+        them. version: the policy version that drew them.
         """
         for step in zip(*picked, strict=True):
-            self._add_step(owners, step)
+            self._add_step(owners, step, version)
         return np.flatnonzero(~self.over[owners]).tolist()
 
-    def _add_step(self, owners: np.ndarray, picked: Sequence[np.ndarray]) -> None:
+    def _add_step(self, owners: np.ndarray, picked: Sequence[np.ndarray], version: int) -> None:
         rows = np.flatnonzero(~self.over[owners])
         going, tokens = owners[rows], picked[0][rows]
-        self.steps.append((going, [column[rows] for column in picked]))
+        self.steps.append((going, [*(column[rows] for column in picked), np.full(len(rows), version)]))
         self.ended[going] = (tokens[:, None] == self.ends).any(1)
         if self.stop:
             self._stop(self.stop, going, tokens)
@@ -54,28 +54,29 @@ class Written:
             if beyond is not None:
                 self.ended[owner], self.beyond[owner] = True, beyond
 
-    def turns(self, version: int) -> list[Turn]:
-        """The turns in the order of the requests. version: the policy version of the tokens."""
+    def turns(self) -> list[Turn]:
+        """The turns in the order of the requests."""
+        columns = self._columns()
+        behaviour = (
+            list(zip(columns[3], columns[4], strict=True)) if len(columns) > 4 else [None] * len(self.over)
+        )
+        fields = zip(*columns[:3], behaviour, columns[-1], self.ended.tolist(), self.beyond, strict=True)
+        return [
+            Turn(ids.tolist(), logp_T, raw_T, behaviour_TK, version_T, "stop" if ended else "length", beyond)
+            for ids, logp_T, raw_T, behaviour_TK, version_T, ended, beyond in fields
+        ]
+
+    @property
+    def tokens_so_far(self) -> list[list[int]]:
+        """The tokens of each request."""
+        return [ids.tolist() for ids in self._columns()[0]]
+
+    def _columns(self) -> list[list[np.ndarray]]:
+        """The columns of `steps`, each cut into one array per request."""
         owners = np.concatenate([owners for owners, _ in self.steps])
         order = np.argsort(owners, kind="stable")
         cuts = np.cumsum(np.bincount(owners, minlength=len(self.over)))[:-1]
-        columns = [
+        return [
             np.split(np.concatenate(column)[order], cuts)
             for column in zip(*(picked for _, picked in self.steps), strict=True)
-        ]
-        behaviour = (
-            list(zip(columns[3], columns[4], strict=True)) if len(columns) > 3 else [None] * len(self.over)
-        )
-        fields = zip(*columns[:3], behaviour, self.ended.tolist(), self.beyond, strict=True)
-        return [
-            Turn(
-                ids.tolist(),
-                logp_T,
-                raw_T,
-                behaviour_TK,
-                np.full(len(ids), version),
-                "stop" if ended else "length",
-                beyond,
-            )
-            for ids, logp_T, raw_T, behaviour_TK, ended, beyond in fields
         ]

@@ -55,12 +55,14 @@ class Conversation:
 
     @property
     def read(self) -> int:
-        """Number of positions that the model ran forward. Every turn reads all tokens before it again. The
-        last token of a turn counts although the model does not read it.
+        """Number of positions that the model ran forward. Every turn reads all tokens before it again, and so
+        does every change of the weights during a turn. The last token of a turn counts although the model
+        does not read it.
         """
         before, read = len(self.prompt_ids), 0
         for turn, reply in self._pieces():
-            read += before + len(turn.tokens)
+            changes = np.flatnonzero(np.diff(turn.version_T)) + 1
+            read += before + len(turn.tokens) + before * len(changes) + int(changes.sum())
             before += len(turn.tokens) + len(reply)
         return read
 
@@ -76,6 +78,7 @@ class Conversation:
         characters that each position wrote; None if they are not recorded.
         """
         pieces = self._pieces()
+        version_T = self._versions()
         logp_T, raw_T = self._column(lambda turn: turn.logp_T), self._column(lambda turn: turn.raw_T)
         mask = [
             chosen for turn, reply in pieces for chosen in [True] * len(turn.tokens) + [False] * len(reply)
@@ -83,7 +86,8 @@ class Conversation:
         return TokenRollout(
             prompt=self.prompt,
             sample=self.sample,
-            version=int(self.turns[0].version_T[0]) if self.turns else version,
+            version=int(version_T.min()) if self.turns else version,
+            version_T=version_T if len(np.unique(version_T)) > 1 else None,
             finish=self.finish,
             mask_T=np.asarray(mask, dtype=bool),
             logp_T=logp_T,
@@ -101,6 +105,15 @@ class Conversation:
     def _pieces(self) -> list[tuple[Turn, list[int]]]:
         """Each turn with the ids that follow it. The last turn may have none yet."""
         return list(zip(self.turns, [*self.replies, []], strict=False))
+
+    def _versions(self) -> np.ndarray:
+        """The policy version of each position, int64. A reply has that of the turn before it."""
+        parts = [
+            part
+            for turn, reply in self._pieces()
+            for part in (turn.version_T, np.repeat(turn.version_T[-1:], len(reply)))
+        ]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
     def _column(self, of: Callable[[Turn], np.ndarray]) -> np.ndarray:
         """One number per position, float32; 0 where the student did not choose."""

@@ -11,17 +11,18 @@ Waits for: all requests of the cohort.
 If a request is cancelled before its cohort is complete, the cohort can never become complete. The waiting
 requests are then cancelled, and so are later requests while the task of the cancelled request is
 still running. When that task has been cancelled, the cohort may be requested again. If a request is cancelled
-after the call has started, its cancellation waits for the end of the call, because a model call is never
-interrupted.
+after the call has started, its cancellation waits for the end of the call. The call is cancelled when all its
+requests are.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+
+from reflux.runtime.together import end_of
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -56,7 +57,9 @@ class Gather(Generic[Item, Answer]):
             return await request.future
         except asyncio.CancelledError:
             if joined.call:
-                await _end_of(joined.call)
+                if all(request.future.cancelled() for request in joined.requests):
+                    joined.cancel()
+                await end_of(joined.call)
             else:
                 joined.leave(f"another request of the cohort {cohort} was cancelled")
             raise
@@ -104,16 +107,16 @@ class _Cohort(Generic[Item, Answer]):
     call: asyncio.Task[None] | None = None
     # the task of the first request that was cancelled before the cohort was complete
     left_by: asyncio.Task[Any] | None = None
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Cancel the call, once. A second cancellation would interrupt a call that is cleaning up."""
+        if self.call is not None and not self.cancelled:
+            self.cancelled = True
+            self.call.cancel()
 
     def leave(self, why: str) -> None:
         if self.left_by is None:
             self.left_by = asyncio.current_task()
             for request in self.requests:
                 request.future.cancel(why)
-
-
-async def _end_of(call: asyncio.Task[None]) -> None:
-    """Wait for the end of `call`, even if this task is cancelled meanwhile."""
-    while not call.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait([call])

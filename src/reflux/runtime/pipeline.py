@@ -1,36 +1,88 @@
 """Produce groups of attempts with bounded staleness. max_staleness = 0 is the synchronous loop.
 
-Consumes: prompts, in order. Produces: for each optimiser step, its groups in prompt order. A prompt that
-occurs several times in a step is numbered (`occurrences.py`). Waits for: every attempt of that step. New
-attempts are started when the consumer asks for the next step. At that time the new weights are published, so
-no lock and no queue is needed. Shutdown: `aclose` cancels the attempts in flight and waits until they have
-ended.
+Consumes: prompts, in order. They are taken in blocks of one step's size, and the number of the block is the
+step that its attempts are asked for. A prompt that occurs several times in a block is numbered
+(`occurrences.py`). Produces: for each optimiser step, its groups in prompt order. New attempts are started
+when the consumer asks for the next step. At that time the new weights are published, so no lock and no queue
+is needed. Shutdown: `aclose` cancels the attempts in flight and waits until they have ended.
 
-An attempt that raises or is cancelled cancels the other attempts of its step. Its error is raised when the
-consumer asks for that step, also after a `settle` or a `refresh` in between. If several attempts of one step
-raise, the first error in prompt order is raised.
+While step s is trained, attempts of at most `ahead` later steps are in progress or finished.
 
-When step s is produced, attempts for the steps up to s + max_staleness have been started. So the staleness of
-an attempt when it is consumed is at most max_staleness.
+In order "strict" step s takes block s, and waits for all of it. In order "ready" it takes the oldest groups
+that are complete. A group that was started for the consumer's step s must be taken by step s +
+max_staleness, its deadline. A step waits only as long as the groups that it would leave could miss their
+deadlines; a step takes a fixed number of groups, so the k-th group that is left (from 0, by deadline) can be
+taken by step s + 1 + k // per_step. So the staleness of an attempt when it is consumed is at most
+max_staleness, and a slow group delays nobody for max_staleness - ahead steps, the window.
+
+An attempt that raises or is cancelled cancels the other attempts of its block. Its error is raised when the
+consumer asks for a step, with order "strict" for that step, also after a `settle` or a `refresh` in between.
+If several attempts of one block raise, the first error in prompt order is raised.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from reflux.runtime.occurrences import numbered
+from reflux.runtime.positions import Positions
 from reflux.runtime.together import Siblings
 from reflux.types import Group, Prompt
 
-Attempting = Callable[[Prompt, int], Coroutine[Any, Any, Group]]
+
+class Ask(NamedTuple):
+    """One prompt that an attempt is asked for."""
+
+    prompt: Prompt
+    # the optimiser step (from 0) of its block
+    step: int
+    # the number of prompts that are asked for together
+    cohort: int
+
+
+Attempting = Callable[[Ask], Coroutine[Any, Any, Group]]
+
+
+@dataclass(eq=False)
+class _Block:
+    """The prompts of one block that are not consumed, by their place in the block."""
+
+    step: int
+    prompts: dict[int, Prompt]
+    # the attempts of these prompts, and of those that are consumed meanwhile; None: not asked for
+    attempts: Siblings[Group] | None = None
+    tasks: dict[int, asyncio.Task[Group]] = field(default_factory=dict)
+    # the last step that may take its groups
+    deadline: int = 0
+
+    def start(self, attempt: Attempting, deadline: int) -> None:
+        asks = [Ask(prompt, self.step, len(self.prompts)) for prompt in self.prompts.values()]
+        self.attempts = Siblings(attempt(ask) for ask in asks)
+        self.tasks, self.deadline = dict(zip(self.prompts, self.attempts.tasks, strict=True)), deadline
+
+    async def raise_error(self) -> None:
+        """Raise the error of an attempt that has failed, once all attempts have ended."""
+        if self.attempts is not None and self.attempts.failed:
+            await self.attempts.results()
+
+    def drop(self) -> Siblings[Group] | None:
+        """Forget the attempts, unless one of them has failed."""
+        dropped = self.attempts
+        if dropped is None or dropped.failed:
+            return None
+        self.attempts, self.tasks = None, {}
+        dropped.cancel()
+        return dropped
 
 
 class Pipeline:
-    """An async iterator that yields `steps` lists of `per_step` groups each. prompts: the training prompts,
-    in order. attempt(prompt, step): makes the group of one prompt. first_step: the optimiser step of the
-    first list (from 0). max_staleness: the bound described above.
+    """An async iterator that yields, for each step from `positions.consumed` to `steps`, a list of `per_step`
+    groups. prompts: the training prompts in order, from block `positions.first` on. attempt: makes the group
+    of one prompt. max_staleness, ahead, order: as described above.
 
     async with aclosing(Pipeline(...)) as stream:
         async for groups in stream: ...
@@ -41,69 +93,119 @@ class Pipeline:
         prompts: Iterator[Prompt],
         attempt: Attempting,
         *,
-        first_step: int,
+        positions: Positions,
         steps: int,
         per_step: int,
         max_staleness: int,
+        ahead: int,
+        order: Literal["ready", "strict"] = "ready",
     ):
         self._prompts, self._attempt = prompts, attempt
-        self._next, self._last = first_step, first_step + steps
-        self._per_step, self._max_staleness = per_step, max_staleness
-        # the prompts of each step, kept until the step is consumed
-        self._asked: dict[int, list[Prompt]] = {}
-        self._flying: dict[int, Siblings[Group]] = {}
+        self._step, self._last = positions.consumed, steps
+        self._per_step, self._max_staleness, self._ahead, self._order = per_step, max_staleness, ahead, order
+        # what was left of the blocks that an earlier pipeline has asked for
+        self._asked, self._left = positions.asked, dict(positions.left)
+        # the next block of prompts
+        self._next = positions.first
+        self._blocks: dict[int, _Block] = {}
         self._dropped: list[Siblings[Group]] = []
+
+    @property
+    def positions(self) -> Positions:
+        """Which prompts are consumed. A later pipeline can go on from there."""
+        left = {block.step: tuple(block.prompts) for block in self._blocks.values()}
+        return Positions(self._step, max(self._next, self._asked), {**self._left, **left})
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> list[Group]:
-        if self._next >= self._last:
+        if self._step >= self._last:
             raise StopAsyncIteration
         await self._clear_dropped()
-        self._start(upto=min(self._next + self._max_staleness, self._last - 1))
-        groups = await self._flying[self._next].results()
-        del self._flying[self._next], self._asked[self._next]
-        self._next += 1
-        return groups
+        self._start()
+        taken = await self._complete()
+        self._step += 1
+        return [self._consume(block, place) for block, place in taken]
 
-    def _start(self, upto: int) -> None:
-        for step in range(self._next, upto + 1):
-            if step not in self._asked:
-                self._asked[step] = self._take()
-            if step not in self._flying:
-                self._flying[step] = Siblings(self._attempt(prompt, step) for prompt in self._asked[step])
+    def _consume(self, number: int, place: int) -> Group:
+        block = self._blocks[number]
+        del block.prompts[place]
+        if not block.prompts:
+            del self._blocks[number]
+        return block.tasks.pop(place).result()
 
-    def _take(self) -> list[Prompt]:
+    def _start(self) -> None:
+        """Ask for the attempts of as many blocks as may be in progress."""
+        while self._next < self._last and (self._next < self._asked or self._has_room()):
+            self._take()
+        for block in self._blocks.values():
+            if block.attempts is None:
+                block.start(self._attempt, self._step + self._max_staleness)
+
+    def _has_room(self) -> bool:
+        waiting = sum(len(block.prompts) for block in self._blocks.values())
+        return waiting <= self._ahead * self._per_step
+
+    def _take(self) -> None:
         prompts = list(islice(self._prompts, self._per_step))
         if len(prompts) < self._per_step:
             raise ValueError(
                 f"the task gave only {len(prompts)} more training prompts, but a step needs "
                 f"{self._per_step}. The iterator of training prompts must not end."
             )
-        return numbered(prompts)
+        whole = () if self._next < self._asked else range(self._per_step)
+        left = self._left.pop(self._next, whole)
+        block = _Block(
+            self._next, {place: each for place, each in enumerate(numbered(prompts)) if place in left}
+        )
+        if block.prompts:
+            self._blocks[block.step] = block
+        self._next += 1
+
+    async def _complete(self) -> list[tuple[int, int]]:
+        """Wait for the groups of this step. Gives their (block, place), in prompt order."""
+        while True:
+            blocks = [b for b in self._blocks.values() if self._order == "ready" or b.step == self._step]
+            for block in blocks:
+                await block.raise_error()
+            oldest = sorted(blocks, key=lambda block: (block.deadline, block.step))
+            done, running = [], []
+            for block in oldest:
+                for place, task in block.tasks.items():
+                    (done if task.done() else running).append((block.deadline, block.step, place, task))
+            taken = done[: self._per_step]
+            left = sorted(deadline for deadline, *_ in [*done[self._per_step :], *running])
+            if len(taken) == self._per_step and self._in_time(left):
+                return sorted((step, place) for _, step, place, _ in taken)
+            await asyncio.wait([task for *_, task in running], return_when=asyncio.FIRST_COMPLETED)
+
+    def _in_time(self, deadlines: list[int]) -> bool:
+        """True if the later steps can take groups with these deadlines (ascending) in time."""
+        following = self._step + 1
+        return all(
+            following + place // self._per_step <= deadline for place, deadline in enumerate(deadlines)
+        )
 
     async def settle(self) -> None:
         """Wait until all running attempts have ended. No attempt is started until the consumer asks for the
         next step.
         """
-        for attempts in self._flying.values():
-            await attempts.ended()
+        for block in self._blocks.values():
+            if block.attempts is not None:
+                await block.attempts.ended()
 
     def refresh(self) -> None:
-        """Discard the attempts that are started or finished for later steps. When the consumer asks for the
+        """Discard the attempts that are started or finished and not consumed. When the consumer asks for the
         next step, their prompts are sampled again with the weights of that moment.
 
-        A step that has failed is kept, and its error is raised when the consumer asks for that step.
+        A block that has failed is kept, and its error is raised when the consumer asks for a step.
         """
-        for step in [step for step, attempts in self._flying.items() if not attempts.failed]:
-            attempts = self._flying.pop(step)
-            attempts.cancel()
-            self._dropped.append(attempts)
+        self._dropped += [dropped for block in self._blocks.values() if (dropped := block.drop())]
 
     @property
     def in_flight(self) -> int:
-        return sum(not task.done() for attempts in self._flying.values() for task in attempts.tasks)
+        return sum(not task.done() for block in self._blocks.values() for task in block.tasks.values())
 
     async def _clear_dropped(self) -> None:
         """Wait until the dropped attempts have ended. Otherwise an old and a new attempt at the same
@@ -116,9 +218,9 @@ class Pipeline:
 
     async def aclose(self) -> None:
         """Cancel all running attempts and wait until they have ended. May be called twice."""
-        alive = [*self._dropped, *self._flying.values()]
+        alive = [*self._dropped, *(block.attempts for block in self._blocks.values() if block.attempts)]
         for attempts in alive:
             attempts.cancel()
         for attempts in alive:
             await attempts.ended()
-        self._next = self._last
+        self._last = self._step

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from reflux.models.heads import Heads
 from reflux.models.shared_cache import SharedCache
 from reflux.runtime.timers import Clock
+from reflux.runtime.together import end_of
 from reflux.runtime.weights import Lent
 
 if TYPE_CHECKING:
@@ -95,8 +96,11 @@ class Services:
                 self._told.add(text)
                 self.listener.noted(text)
 
-    async def run_model(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Run model work, in another thread if `overlap` was set and in this one otherwise.
+    async def run_model(
+        self, work: Callable[..., Result], *arguments: Any, interrupt: Callable[[], None] | None = None
+    ) -> Result:
+        """Run model work, in another thread if `overlap` was set and in this one otherwise. A cancellation
+        waits for the end of the work. interrupt: makes the work end early then.
 
         Without overlap a second thread has no use, and it costs time: it brings a second OpenMP
         team, and on few cores both teams sleep and wake at every operation. On 2 cores decoding then takes
@@ -104,7 +108,14 @@ class Services:
         """
         if self._threads is None:
             return work(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        running = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            if interrupt is not None:
+                interrupt()
+            await end_of(running)
+            raise
 
     def lend(self, weights: Weights) -> Weights:
         """A handle of the same tensors with a version that no other weights and no training attempt have: -1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
@@ -75,6 +76,16 @@ async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     finally:
         siblings.cancel()
         await siblings.ended()
+
+
+async def end_of(work: asyncio.Future[Any]) -> None:
+    """Wait for the end of `work`, even if this task is cancelled meanwhile. Its error is not raised."""
+    while not work.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([work])
+    if not work.cancelled():
+        # An error that nobody has looked at would be reported when `work` is deleted.
+        work.exception()
 
 
 def _failed(task: asyncio.Task[Any]) -> bool:

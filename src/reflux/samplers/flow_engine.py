@@ -110,8 +110,8 @@ class FlowSampler(InProcessSampler):
     """A flow model that denoises images in batches."""
 
     def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
-        super().__init__(services)
-        self.cfg, self.context, self.model = cfg, context, model
+        super().__init__(services, model, context.numbers)
+        self.cfg, self.context = cfg, context
 
     @classmethod
     @asynccontextmanager
@@ -127,8 +127,8 @@ class FlowSampler(InProcessSampler):
         yield cls(cfg, context, services, model)
 
     async def _groups(self, requests: list[Request]) -> list[Group]:
-        async with self.busy:
-            return await self.services.run_model(self._sample, requests)
+        async with self.live.call():
+            return await self.services.run_model(self._sample, requests, interrupt=self.live.stop)
 
     def _sample(self, requests: list[Request]) -> list[Group]:
         started = time.perf_counter()
@@ -137,9 +137,12 @@ class FlowSampler(InProcessSampler):
         rows = [(prompt, sample) for prompt, n, _ in requests for sample in range(n)]
         size = self.cfg.batch_images
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        attempts = iter(
-            [Attempt(rollout) for chunk in chunks for rollout in self._denoise(chunk, trajectory, draw)]
-        )
+        made: list[Attempt] = []
+        for chunk in chunks:
+            # All steps of a trajectory have the same weights.
+            self.live.renew()
+            made += map(Attempt, self._denoise(chunk, trajectory, draw))
+        attempts = iter(made)
         groups = [[next(attempts) for _ in range(n)] for _, n, _ in requests]
         self.services.clock.add(
             "sample" if draw.purpose == "train" else draw.purpose, time.perf_counter() - started

@@ -35,8 +35,8 @@ class HFSampler(InProcessSampler):
     """
 
     def __init__(self, cfg: HF, context: PartContext, services: Services, model: Model):
-        super().__init__(services)
-        self.cfg, self.model = cfg, model
+        super().__init__(services, model, context.numbers)
+        self.cfg = cfg
         self.way = sampling_way(model)
         self.decoder, self.told = self.way.decoder, False
         self.budget = TokenBudget("sampler.batch_tokens", services.listener.noted, cfg.batch_tokens)
@@ -75,8 +75,8 @@ class HFSampler(InProcessSampler):
         return await self.driver.play(requests, self.version)
 
     async def generate(self, requests: Sequence[TurnRequest]) -> list[Turn]:
-        async with self.busy:
-            return await self.services.run_model(self._generate, requests)
+        async with self.live.call():
+            return await self.services.run_model(self._generate, requests, interrupt=self.live.stop)
 
     def _generate(self, requests: Sequence[TurnRequest]) -> list[Turn]:
         """Decode the requests in chunks of similar length, cut by the token budget. The turns are returned in
@@ -107,7 +107,7 @@ class HFSampler(InProcessSampler):
         do not depend on how many rows are decoded together.
         """
         try:
-            return decode(self.model, asks, self.version, self.decoder)
+            return decode(self.model, asks, self.live.renew, self.decoder)
         except torch.OutOfMemoryError:
             pass
         if isinstance(self.decoder, StaticDecoder):

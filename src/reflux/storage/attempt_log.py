@@ -1,32 +1,34 @@
 """The lines of attempts.jsonl. An attempt has one line when it is sampled and a second one after
 the optimiser step that used it.
 
-Both lines have `step` as metrics.jsonl counts it: the optimiser step, from 1, that the attempt is
-for. The states of a flow are not written, because they are large and the same weights and random numbers give
-them again. The batch of a failed step contains them (`failed_batch.py`).
+Both lines have `step`, the optimiser step, from 1, that the attempt was asked for. The second one has
+`trained`, the step that used it, as metrics.jsonl counts it. They are equal unless order = "ready" lets a
+step take the groups of another one. The states of a flow are not written, because they are large and the
+same weights and random numbers give them again. The batch of a failed step contains them (`failed_batch.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from reflux.metrics.teacher_distance import teacher_logp_T
 from reflux.models import images
+from reflux.storage import files
 from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, StepRecord, TokenRollout
 
+NAME = "attempts.jsonl"
 # decimal digits of a log-prob: far more precise than any parity bound, and a third of the file size
 _DIGITS = 5
 Line = dict[str, Any]
 
 
-def arrived(attempt: Attempt, step: int) -> Line:
-    """The first line of an attempt. step: the optimiser step (from 0) that the attempt was sampled for.
-    Raises TypeError for a rollout of an unknown class.
-    """
+def arrived(attempt: Attempt) -> Line:
+    """The first line of an attempt. Raises TypeError for a rollout of an unknown class."""
     rollout = attempt.rollout
     kept = next((kept for kept in _KEPT if isinstance(rollout, kept.kind)), None)
     if kept is None:
@@ -36,7 +38,7 @@ def arrived(attempt: Attempt, step: int) -> Line:
         )
     line = {
         "kind": "attempt",
-        "step": step + 1,
+        "step": attempt.asked_step + 1,
         "prompt": rollout.prompt.key,
         "question": question(rollout.prompt.messages),
         "sample": rollout.sample,
@@ -44,15 +46,23 @@ def arrived(attempt: Attempt, step: int) -> Line:
         "finish": rollout.finish,
         **kept.fields(rollout),
     }
+    if rollout.version_T is not None:
+        line["versions"] = rollout.version_T
     return {**line, **_judged(attempt.reward)}
 
 
 def learned(attempt: Attempt, step: int) -> Line:
     """The second line of an attempt: the teachers' log-probs of the sampled tokens or denoising steps, and
-    the weight of each position. step: the optimiser step, from 0.
+    the weight of each position. step: the optimiser step that used it, from 0.
     """
     rollout = attempt.rollout
-    line: Line = {"kind": "learned", "step": step + 1, "prompt": rollout.prompt.key, "sample": rollout.sample}
+    line: Line = {
+        "kind": "learned",
+        "step": attempt.asked_step + 1,
+        "trained": step + 1,
+        "prompt": rollout.prompt.key,
+        "sample": rollout.sample,
+    }
     record = attempt.learned or StepRecord()
     names = sorted({*attempt.answers, *record.logp} - {"student"})
     known = {name: logp_T for name in names if (logp_T := teacher_logp_T(attempt, name)) is not None}
@@ -74,6 +84,22 @@ def learned(attempt: Attempt, step: int) -> Line:
         line["context"] = shown
     detail = {name: share.detail for name, share in attempt.credits.items() if share.detail}
     return {**line, "detail": detail} if detail else line
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Remove the lines of attempts that no optimiser step up to `step` (from 1) has used. The resumed run
+    samples them again.
+    """
+
+    def used(row: Line) -> bool:
+        return row["kind"] == "learned" and row["trained"] <= step
+
+    kept = {_key(row) for row in files.read_lines(path) if used(row)}
+    files.keep_lines(path, lambda row: used(row) or (row["kind"] == "attempt" and _key(row) in kept))
+
+
+def _key(row: Line) -> tuple[int, str, int]:
+    return row["step"], row["prompt"], row["sample"]
 
 
 def question(messages: tuple[Message, ...]) -> str:
@@ -98,9 +124,10 @@ def read_attempt(line: Line) -> Attempt:
         "finish": line["finish"],
         "mask_T": np.asarray(line["mask"], dtype=bool),
         "logp_T": np.asarray(line["logp"], dtype=np.float32),
+        "version_T": np.asarray(line["versions"], dtype=np.int64) if "versions" in line else None,
         "logp_raw_T": np.asarray(line["logp_raw"], dtype=np.float32) if "logp_raw" in line else None,
     }
-    return Attempt(kept.rollout(line, common), reward=_reward(line))
+    return Attempt(kept.rollout(line, common), line["step"] - 1, _reward(line))
 
 
 def _judged(reward: Reward | None) -> Line:

@@ -36,7 +36,7 @@ def keep(path: Path, groups: Sequence[Group], step: int, why: str) -> Path:
     if arrays:
         np.savez(beside, **arrays)  # type: ignore[arg-type]
     files.append_lines(
-        path, [{**attempt_log.arrived(a, step), **attempt_log.learned(a, step), "why": why} for a in attempts]
+        path, [{**attempt_log.arrived(a), **attempt_log.learned(a, step), "why": why} for a in attempts]
     )
     return path
 

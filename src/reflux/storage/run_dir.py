@@ -11,7 +11,8 @@ import tomli_w
 
 from reflux.config.recipe import RunConfig, differences, saved_table
 from reflux.errors import RunError
-from reflux.storage import data_digests, failed_batch, files, recipe_paths
+from reflux.runtime.positions import Positions
+from reflux.storage import attempt_log, checkpoints, data_digests, failed_batch, files, recipe_paths
 
 # keys that may differ on resume, because they do not change any gradient
 _MAY_DIFFER = (
@@ -27,7 +28,7 @@ _MAY_DIFFER = (
 )
 
 # the files and folders that hold what a run has made
-_MADE = ("attempts.jsonl", "checkpoints", "evals.jsonl", "metrics.jsonl", "student")
+_MADE = (attempt_log.NAME, "checkpoints", "evals.jsonl", "metrics.jsonl", "student")
 
 
 def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
@@ -139,10 +140,20 @@ def take_lock(lock: IO[str], folder: Path) -> str | None:
     return None
 
 
+def positions(folder: Path) -> Positions:
+    """Those of the newest checkpoint. RunError if it is damaged."""
+    saved = checkpoints.steps(folder / "checkpoints")
+    if not saved:
+        return Positions.after(0)
+    newest = checkpoints.of_step(folder / "checkpoints", saved[-1])
+    return Positions.from_state(checkpoints.read_plain(newest / "positions"))
+
+
 def cut_back(folder: Path, step: int) -> None:
     """Remove from the files of the run all lines of steps after `step`, the step of the checkpoint. The
     resumed run does these steps again.
     """
+    attempt_log.cut_back(folder / attempt_log.NAME, step)
     for path in folder.glob("*.jsonl"):
-        if not path.name.startswith(failed_batch.NAME):
+        if path.name != attempt_log.NAME and not path.name.startswith(failed_batch.NAME):
             files.keep_lines(path, lambda row: row.get("step", 0) <= step)

@@ -73,6 +73,15 @@ class Teachers:
         )
         await together([self._score(self._served, groups, step_context), here])
 
+    async def score_again(self, groups: Sequence[Group], step_context: StepContext) -> None:
+        """The same for groups that were scored when they were sampled. The context of each group gets the
+        step that the group was asked for, and so the same random numbers as before.
+        """
+        asked: dict[int, list[Group]] = {}
+        for group in groups:
+            asked.setdefault(group[0].asked_step, []).append(group)
+        await together(self.score(some, replace(step_context, step=step)) for step, some in asked.items())
+
     async def _score_in_cohort(self, groups: Sequence[Group], step_context: StepContext, cohort: int) -> None:
         (group,) = groups
         await self._gather.ask(step_context.step, cohort, group[0].rollout.prompt.key, (group, step_context))
