@@ -397,3 +397,29 @@ class Showing(HFSampler):
         from reflux.reports.chart import Chart
 
         return [Chart(f"{name} shows itself", absent="nothing")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class SlowChat(Chat):
+    """The user takes 5 to 45 ms for each answer."""
+
+    def open_env(self, prompt: Prompt) -> Environment | None:
+        return Slow(self.word, self.replies, 0.005 + 0.01 * (int(prompt.id.rpartition("-")[2]) % 5))
+
+
+class Slow(Talkative):
+    def __init__(self, word: str, replies: int, seconds: float):
+        super().__init__(word, replies)
+        self.seconds = seconds
+
+    async def step(self, message: Message) -> Observation:
+        await asyncio.sleep(self.seconds)
+        return await super().step(message)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Once(SlowChat):
+    """Attempts at even prompts must not begin twice."""
+
+    def runs_once(self, prompt: Prompt) -> bool:
+        return prompt.route == "even"

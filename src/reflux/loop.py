@@ -102,13 +102,17 @@ def attempting(
     cfg = run.cfg
 
     async def attempt(ask: Ask) -> Group:
-        group = await sampler.sample(ask.prompt, cfg.group_size, cfg.draw(ask.step, ask.cohort))
-        for each in group:
-            each.asked_step = ask.step
-        await judge(reward, group)
+        if ask.recalled:
+            group = run.in_flight.recall(ask, cfg.group_size)
+        else:
+            run.in_flight.begin(ask)
+            group = await sampler.sample(ask.prompt, cfg.group_size, cfg.draw(ask.step, ask.cohort))
+            for each in group:
+                each.asked_step = ask.step
+            await judge(reward, group)
         await teachers.score([group], run.step_context(ask.step, learner.version), ask.cohort)
         # Attempts are on disk before anything else can happen to them.
-        run.write(group)
+        run.write(ask, group)
         return group
 
     return attempt
@@ -134,6 +138,7 @@ def pipeline(run: Run, attempt: Attempting) -> Pipeline:
         max_staleness=cfg.max_staleness,
         ahead=cfg.steps_ahead,
         order=cfg.order,
+        recalled=run.recalled,
     )
 
 

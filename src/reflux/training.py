@@ -7,7 +7,7 @@ checkpoints/step-N/  student/  summary.json  report.html. Some parts also write 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +27,13 @@ from reflux.loss.step import StepResult
 from reflux.metrics.flops import TOKENS, Landed, Ran, add_up
 from reflux.metrics.step_metrics import step_metrics
 from reflux.metrics.trackers import open_tracker
+from reflux.runtime.pipeline import Ask
 from reflux.runtime.positions import Positions
 from reflux.runtime.refreshes import Refreshes
 from reflux.runtime.services import Services
 from reflux.runtime.watch import Silent, Watch
 from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
+from reflux.storage.in_flight import InFlight
 from reflux.storage.journal import Journal
 from reflux.storage.model_card import model_card
 from reflux.storage.summary import saved_summary, summarise
@@ -84,6 +86,9 @@ class Run:
         self.refreshes = Refreshes(cfg.refresh if cfg.max_staleness else None, self.totals, rules)
         self._started = time.perf_counter()
         self.landed = Landed()
+        self.in_flight = InFlight(self.dir, cfg.task.runs_once, max_staleness=cfg.max_staleness)
+        # what `restore` finds of attempts that were made before a resume
+        self.recalled: Mapping[tuple[int, int], int] = {}
         self._lock = (self.dir / ".lock").open("w")
 
     @classmethod
@@ -126,18 +131,25 @@ class Run:
     # --- actions of the loop
 
     def restore(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
-        """Load the state of these parts. On a new run, extrapolation stores the start weights instead."""
-        if not self.step:
+        """Load the state of these parts, and find the attempts that were in flight. On a new run,
+        extrapolation stores the start weights instead.
+        """
+        if self.step:
+            kept = checkpoints.of_step(self.dir / "checkpoints", self.step)
+            learner.load(kept / "learner")
+            teachers.load(kept / "teachers")
+            extrapolation.load(kept / "extrapolation")
+        else:
             extrapolation.start(learner.access)
-            return
-        kept = checkpoints.of_step(self.dir / "checkpoints", self.step)
-        learner.load(kept / "learner")
-        teachers.load(kept / "teachers")
-        extrapolation.load(kept / "extrapolation")
+        found = self.in_flight.find(self.positions, learner.version)
+        self.recalled = found.recalled
+        for note in found.notes(self.positions):
+            self.watch.noted(note)
 
-    def write(self, group: Group) -> None:
-        """Write the first line of each attempt to disk."""
+    def write(self, ask: Ask, group: Group) -> None:
+        """Write the attempts to disk: the first line of each, and what a resume needs to use them again."""
         self.landed.add(group)
+        self.in_flight.keep(ask, group)
         files.append_lines(self.dir / attempt_log.NAME, [attempt_log.arrived(attempt) for attempt in group])
 
     def advance(
@@ -153,6 +165,7 @@ class Run:
         extrapolation replaced the weights. scored: the work of extrapolation's scores.
         """
         discarded, on_policy = self.landed.take(groups), self.cfg.sampler.on_policy
+        self.in_flight.consume(groups)
         updates = result.stats["updates"].value if "updates" in result.stats else 0
         # of the policy that was trained on these attempts, before the step
         version = learner.version - int(updates or 0) - jumped
@@ -248,6 +261,7 @@ class Run:
         # The student is exported first, so it is never older than the newest checkpoint.
         files.write_folder(self.dir / "student", partial(self._export, learner))
         checkpoints.save(self.dir / "checkpoints", self.step, parts, self.cfg.keep_checkpoints)
+        self.in_flight.forget()
 
     def stop_if_asked(self) -> None:
         """Raise Stopped if a signal asked the run to stop and this was not its last step. The state is

@@ -104,10 +104,10 @@ def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
             sampler.sample, reward.score, teachers.score = faulty_sample, faulty_judge, faulty_score
             yield learner, sampler, reward, teachers, extrapolation
 
-    def faulty_write(self: Run, group: Any, step: int) -> None:
+    def faulty_write(self: Run, ask: Any, group: Any) -> None:
         if fault.here("write", group[0].rollout.prompt.id):
             fault.end_at_once()
-        plain_write(self, group, step)
+        plain_write(self, ask, group)
 
     monkeypatch.setattr(loop, "open_parts", open_parts)
     monkeypatch.setattr(Run, "write", faulty_write)

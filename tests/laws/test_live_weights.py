@@ -141,7 +141,7 @@ def test_the_random_numbers_of_a_row_do_not_depend_on_changes_of_the_weights(mod
 
 class Net:
     def __init__(self) -> None:
-        self.value = torch.zeros(2)
+        self.net, self.value = self, torch.zeros(2)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"value": self.value}
@@ -161,7 +161,7 @@ def test_publishing_waits_for_one_token_and_not_for_the_call() -> None:
         def call() -> None:
             # long enough for every publish below, unless one waits for the end
             while not over.wait(0.001):
-                seen.append((live.renew(), float(live.net.value[0])))
+                seen.append((live.renew(), float(live.model.value[0])))
                 going.set()
 
         async def running() -> None:
@@ -187,13 +187,13 @@ def test_without_a_call_and_at_the_end_of_one_that_never_looks_the_weights_are_r
     async def main() -> None:
         live = LiveWeights(Net())
         await live.publish(published(4))
-        assert (live.version, live.net.value.tolist()) == (4, [4.0, 4.0])
+        assert (live.version, live.model.value.tolist()) == (4, [4.0, 4.0])
         async with live.call():
             task = asyncio.ensure_future(live.publish(published(5)))
             await asyncio.sleep(0.01)
             assert (live.version, task.done()) == (4, False)
         await task
-        assert (live.version, live.net.value.tolist()) == (5, [5.0, 5.0])
+        assert (live.version, live.model.value.tolist()) == (5, [5.0, 5.0])
 
     asyncio.run(main())
 

@@ -23,9 +23,10 @@ If several attempts of one block raise, the first error in prompt order is raise
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self
 
 from reflux.runtime.occurrences import numbered
@@ -38,10 +39,15 @@ class Ask(NamedTuple):
     """One prompt that an attempt is asked for."""
 
     prompt: Prompt
-    # the optimiser step (from 0) of its block
+    # its block, which is an optimiser step (from 0), and its place there
     step: int
+    place: int
     # the number of prompts that are asked for together
     cohort: int
+    # the last step that may take the attempts
+    deadline: int
+    # True if the attempts were made before a resume
+    recalled: bool
 
 
 Attempting = Callable[[Ask], Coroutine[Any, Any, Group]]
@@ -53,6 +59,8 @@ class _Block:
 
     step: int
     prompts: dict[int, Prompt]
+    # the places whose attempts were made before a resume, with the last steps that may take them
+    recalled: dict[int, int]
     # the attempts of these prompts, and of those that are consumed meanwhile; None: not asked for
     attempts: Siblings[Group] | None = None
     tasks: dict[int, asyncio.Task[Group]] = field(default_factory=dict)
@@ -60,9 +68,15 @@ class _Block:
     deadline: int = 0
 
     def start(self, attempt: Attempting, deadline: int) -> None:
-        asks = [Ask(prompt, self.step, len(self.prompts)) for prompt in self.prompts.values()]
+        self.deadline = min([deadline, *self.recalled.values()])
+        fresh = len(self.prompts) - len(self.recalled)
+        asks = [
+            Ask(prompt, self.step, place, 1 if old else fresh, self.deadline, old)
+            for place, prompt in self.prompts.items()
+            for old in [place in self.recalled]
+        ]
         self.attempts = Siblings(attempt(ask) for ask in asks)
-        self.tasks, self.deadline = dict(zip(self.prompts, self.attempts.tasks, strict=True)), deadline
+        self.tasks = dict(zip(self.prompts, self.attempts.tasks, strict=True))
 
     async def raise_error(self) -> None:
         """Raise the error of an attempt that has failed, once all attempts have ended."""
@@ -74,7 +88,7 @@ class _Block:
         dropped = self.attempts
         if dropped is None or dropped.failed:
             return None
-        self.attempts, self.tasks = None, {}
+        self.attempts, self.tasks, self.recalled = None, {}, {}
         dropped.cancel()
         return dropped
 
@@ -82,7 +96,8 @@ class _Block:
 class Pipeline:
     """An async iterator that yields, for each step from `positions.consumed` to `steps`, a list of `per_step`
     groups. prompts: the training prompts in order, from block `positions.first` on. attempt: makes the group
-    of one prompt. max_staleness, ahead, order: as described above.
+    of one prompt. max_staleness, ahead, order: as described above. recalled: the (block, place) of prompts
+    whose attempts were made before a resume, with the last step that may take them.
 
     async with aclosing(Pipeline(...)) as stream:
         async for groups in stream: ...
@@ -99,12 +114,14 @@ class Pipeline:
         max_staleness: int,
         ahead: int,
         order: Literal["ready", "strict"] = "ready",
+        recalled: Mapping[tuple[int, int], int] = MappingProxyType({}),
     ):
         self._prompts, self._attempt = prompts, attempt
         self._step, self._last = positions.consumed, steps
         self._per_step, self._max_staleness, self._ahead, self._order = per_step, max_staleness, ahead, order
         # what was left of the blocks that an earlier pipeline has asked for
         self._asked, self._left = positions.asked, dict(positions.left)
+        self._recalled = recalled
         # the next block of prompts
         self._next = positions.first
         self._blocks: dict[int, _Block] = {}
@@ -157,7 +174,13 @@ class Pipeline:
         whole = () if self._next < self._asked else range(self._per_step)
         left = self._left.pop(self._next, whole)
         block = _Block(
-            self._next, {place: each for place, each in enumerate(numbered(prompts)) if place in left}
+            self._next,
+            {place: each for place, each in enumerate(numbered(prompts)) if place in left},
+            {
+                place: self._recalled[self._next, place]
+                for place in left
+                if (self._next, place) in self._recalled
+            },
         )
         if block.prompts:
             self._blocks[block.step] = block

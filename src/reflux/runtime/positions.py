@@ -28,6 +28,9 @@ class Positions:
         """The first block that has prompts left."""
         return min(self.left, default=self.asked)
 
+    def has_consumed(self, block: int, place: int) -> bool:
+        return block < self.asked and place not in self.left.get(block, ())
+
     def state(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {

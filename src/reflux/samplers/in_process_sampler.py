@@ -32,7 +32,7 @@ class InProcessSampler(ABC):
 
     def __init__(self, services: Services, model: Any, numbers: Numbers):
         self.services, self.model = services, model
-        self.live = LiveWeights(model.net)
+        self.live = LiveWeights(model)
         strict = numbers.order == "strict"
         self._whole = asyncio.Lock() if strict else nullcontext()
         at_once = 1 if strict else numbers.max_staleness + 1

@@ -20,15 +20,15 @@ class CallStopped(Exception):
 
 
 class LiveWeights:
-    """The parameters of `net` and their policy version.
+    """The parameters of `model.net` and their policy version.
 
     A model call runs inside `call`, one at a time. The code of the call, which may run in another thread,
     calls `renew` where it can go on with other weights. `publish` returns when the weights are replaced: at
     the next `renew`, or at the end of a call that does not call it.
     """
 
-    def __init__(self, net: Any):
-        self.net, self.version = net, 0
+    def __init__(self, model: Any):
+        self.model, self.version = model, 0
         self._turn = asyncio.Lock()
         # guards the fields below, which two threads use
         self._guard = threading.Lock()
@@ -86,7 +86,7 @@ class LiveWeights:
 
     @torch.no_grad()
     def _replace(self, weights: Weights) -> None:
-        own = self.net.state_dict()
+        own = self.model.net.state_dict()
         for name, value in weights.tensors():
             own[name].copy_(value)
         self.version = weights.version

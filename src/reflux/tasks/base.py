@@ -61,6 +61,12 @@ class TaskPart(Part, Protocol):
         """
         return None
 
+    def runs_once(self, prompt: Prompt) -> bool:
+        """True if the attempts at this prompt must not begin a second time, because what their environments
+        do cannot be done twice. Attempts that had begun when a run was killed are then given up.
+        """
+        return False
+
     @property
     def judge(self) -> str | None:
         """The grader with which the task `jsonl` judges these prompts as this task does. None if there is no

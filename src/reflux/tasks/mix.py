@@ -117,6 +117,10 @@ class Mix(TaskPart):
         part, inner = self._inner(prompt)
         return part.open_env(inner)
 
+    def runs_once(self, prompt: Prompt) -> bool:
+        part, inner = self._inner(prompt)
+        return part.runs_once(inner)
+
     def part_of(self, prompt: Prompt) -> str:
         """The name, in the mix, of the task that the prompt comes from. ValueError for a prompt of another
         task.
