@@ -7,7 +7,7 @@ checkpoints/step-N/  student/  summary.json  report.html. Some parts also write 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +26,12 @@ from reflux.evals.evaluation import Evaluation
 from reflux.loss.step import StepResult
 from reflux.metrics.flops import TOKENS, Landed, Ran, Work, add_up
 from reflux.metrics.step_metrics import step_metrics
-from reflux.metrics.trackers import NoTracker, Tracker, open_tracker
+from reflux.metrics.trackers import open_tracker
 from reflux.runtime.refreshes import Refreshes
 from reflux.runtime.services import Services
 from reflux.runtime.watch import Silent, Watch
 from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
+from reflux.storage.journal import Journal
 from reflux.storage.model_card import model_card
 from reflux.storage.summary import saved_summary, summarise
 from reflux.types import Group, Prompt
@@ -70,9 +71,10 @@ class Run:
         self.seed, self.task, self.step = cfg.seed, cfg.task, step
         self.resumed = step if options.resume else None
         self.stopping = False
+        self.journal = Journal(self.dir, options.watch)
         overlap = cfg.max_staleness > 0 or cfg.sampler.overlaps
         self.services = Services(
-            cfg.learner.student, overlap=overlap, listener=options.watch, append=self._append
+            cfg.learner.student, overlap=overlap, listener=options.watch, append=self.journal.append
         )
         self.totals: dict[str, float] = dict.fromkeys((*TOKENS, "flops", "seconds"), 0)
         if step:
@@ -80,8 +82,6 @@ class Run:
         rules = [name for name, rule in cfg.credit.items() if rule.measures_freshness]
         self.refreshes = Refreshes(cfg.refresh if cfg.max_staleness else None, self.totals, rules)
         self._started = time.perf_counter()
-        # `open` replaces it once the lock is held
-        self._tracker: Tracker = NoTracker()
         # by the optimiser step (from 0) that the attempts were sampled for
         self.landed: dict[int, Landed] = {}
         self._lock = (self.dir / ".lock").open("w")
@@ -109,14 +109,11 @@ class Run:
             if note := run_dir.take_lock(run._lock, run.dir):
                 run.watch.noted(note)
             # before config.toml is written, because the tracker's package may be missing
-            run._tracker = open_tracker(cfg.track, run.dir, to_table(cfg))
+            run.journal.tracker = open_tracker(cfg.track, run.dir, to_table(cfg))
             run_dir.write_recipe(cfg, run.dir)
             run_dir.cut_back(run.dir, step)
             undo.pop_all()
         return run
-
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        files.append_lines(self.dir / name, [dict(row)])
 
     # --- values for the loop and the parts
 
@@ -177,15 +174,7 @@ class Run:
         )
         self.step += 1
         add_up(self.totals, metrics)
-        metrics = {"step": self.step, **metrics}
-        files.append_lines(self.dir / "metrics.jsonl", [metrics])
-        self._tracker.log(metrics, self.step)
-        self.watch.stepped(metrics)
-        if not metrics["tokens_trained"]:
-            self.watch.noted(
-                f"step {self.step}: no attempt has both a weight above 0 and a target or an advantage "
-                "offset, so the weights did not change"
-            )
+        self.journal.stepped({"step": self.step, **metrics})
 
     def due(self, what: str) -> bool:
         """True if an evaluation ("eval") or a checkpoint ("save") is due now. A run that is asked to stop
@@ -228,9 +217,7 @@ class Run:
             if self.step:
                 self.save(learner, teachers, extrapolation)
             raise
-        files.append_lines(self.dir / "evals.jsonl", [results])
-        self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
-        self.watch.evaluated(results)
+        self.journal.evaluated(results)
 
     async def _results(
         self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers
@@ -291,7 +278,7 @@ class Run:
 
     def close(self) -> None:
         self.services.close()
-        self._tracker.close()
+        self.journal.close()
         self._lock.close()
 
     def summary(self) -> dict[str, Any]:
