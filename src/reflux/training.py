@@ -20,7 +20,7 @@ from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig, part_context, to_table
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
-from reflux.errors import Stopped
+from reflux.errors import Stopped, StoppedByAlarm
 from reflux.evals.base import Source, is_due
 from reflux.evals.evaluation import Evaluation
 from reflux.loss.step import StepResult
@@ -71,7 +71,7 @@ class Run:
         self.seed, self.task, self.step = cfg.seed, cfg.task, step
         self.resumed = step if options.resume else None
         self.stopping = False
-        self.journal = Journal(self.dir, options.watch)
+        self.journal = Journal(self.dir, options.watch, cfg)
         overlap = cfg.max_staleness > 0 or cfg.sampler.overlaps
         self.services = Services(
             cfg.learner.student, overlap=overlap, listener=options.watch, append=self.journal.append
@@ -112,6 +112,7 @@ class Run:
             run.journal.tracker = open_tracker(cfg.track, run.dir, to_table(cfg))
             run_dir.write_recipe(cfg, run.dir)
             run_dir.cut_back(run.dir, step)
+            run.journal.resumed(step)
             undo.pop_all()
         return run
 
@@ -177,10 +178,11 @@ class Run:
         self.journal.stepped({"step": self.step, **metrics})
 
     def due(self, what: str) -> bool:
-        """True if an evaluation ("eval") or a checkpoint ("save") is due now. A run that is asked to stop
-        saves at once. After the last step the loop evaluates and saves in any case, so nothing is due then.
+        """True if an evaluation ("eval") or a checkpoint ("save") is due now. A run that is asked to stop, or
+        that an alarm ends, saves at once. After the last step the loop evaluates and saves in any case, so
+        nothing is due then.
         """
-        if what == "save" and self.stopping:
+        if what == "save" and (self.stopping or self.journal.monitor.ending):
             return True
         every = self.cfg.eval_every if what == "eval" else self.cfg.save_every
         return self.step % every == 0 and self.step < self.cfg.steps
@@ -254,13 +256,17 @@ class Run:
         # The student is exported first, so it is never older than the newest checkpoint.
         files.write_folder(self.dir / "student", partial(self._export, learner))
         checkpoints.save(self.dir / "checkpoints", self.step, parts, self.cfg.keep_checkpoints)
+        self.journal.saved(self.step)
 
     def stop_if_asked(self) -> None:
-        """Raise Stopped if a signal asked the run to stop and this was not its last step. The state is
-        already saved, because `due` is True for "save" then.
+        """Raise Stopped if a signal asked the run to stop, StoppedByAlarm if an alarm of `stop_on` began, and
+        this was not its last step. The state is already saved, because `due` is True for "save" then.
         """
+        where = f"stopped after step {self.step} of {self.cfg.steps}; everything is saved"
+        if self.step < self.cfg.steps and self.journal.monitor.ending:
+            raise StoppedByAlarm(f"{where}. {self.journal.monitor.ending}")
         if self.stopping and self.step < self.cfg.steps:
-            raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; everything is saved")
+            raise Stopped(where)
 
     def _export(self, learner: OpenLearner, folder: Path) -> None:
         learner.export(folder)
