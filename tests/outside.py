@@ -397,3 +397,18 @@ class Showing(HFSampler):
         from reflux.reports.chart import Chart
 
         return [Chart(f"{name} shows itself", absent="nothing")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Falls(EvalPart):
+    """An evaluation whose accuracy is 0.9 before the step `at`, and 0.1 from there on."""
+
+    asked: ClassVar[Asked] = "always"
+    split: ClassVar[None] = None
+    max_tokens: ClassVar[None] = None
+
+    at: int
+
+    async def __call__(self, evaluation: Any, source: Any) -> dict[str, Any]:
+        accuracy = 0.9 if evaluation.step < self.at else 0.1
+        return {"accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "problems": 100}

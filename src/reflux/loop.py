@@ -24,6 +24,7 @@ from reflux.rewards.weighted import open_rewards
 from reflux.runtime.pipeline import Attempting, Pipeline
 from reflux.runtime.services import Services
 from reflux.runtime.signals import stopping_on_signals
+from reflux.runtime.timers import Waiting
 from reflux.samplers.base import OpenSampler
 from reflux.teachers.collection import Teachers
 from reflux.training import Options, Run
@@ -52,14 +53,14 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         run.restore(learner, teachers, extrapolation)
         compared_by = scorer(cfg.extrapolation, run.context, run.services)
         score = CurrentScore(compared_by, learner, partial(run.evaluation, sampler, teachers))
-        await publish(learner, sampler, teachers, run.step)
+        await publish(run, learner, sampler, teachers, run.step)
         preflight = Preflight(cfg, run.evaluation(sampler, teachers), learner, teachers, run.dir)
         await preflight()
         # Due before the first step, and after a resume where the evaluation of this step is missing.
         if run.due("eval"):
             await run.evaluate(learner, sampler, teachers, extrapolation)
         async with aclosing(pipeline(run, attempting(run, learner, sampler, reward, teachers))) as stream:
-            async for groups in stream:
+            async for groups in Waiting(stream, run.services.clock):
                 now = run.step_context(version=learner.version)
                 # Teachers answer again only where an answer is missing or the context has changed.
                 await teachers.score(groups, now)
@@ -78,7 +79,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                     stream.refresh()
                 elif run.refreshes.due(groups, run.step):
                     stream.refresh()
-                await publish(learner, sampler, teachers, run.step + 1)
+                await publish(run, learner, sampler, teachers, run.step + 1)
                 await preflight()
                 run.advance(result, groups, learner, teachers, jumped, score.take())
                 if run.due("eval"):
@@ -100,10 +101,15 @@ def attempting(
     cfg = run.cfg
 
     async def attempt(prompt: Prompt, step: int) -> Group:
-        group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))
-        await judge(reward, group)
-        now = run.step_context(step, learner.version)
-        await teachers.score([group], now, cohort=cfg.prompts_per_step)
+        span = partial(run.services.clock.span, "groups", step=step + 1, group=prompt.key)
+        with span("group"):
+            with span("sample"):
+                group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))
+            with span("reward"):
+                await judge(reward, group)
+            now = run.step_context(step, learner.version)
+            with span("teach"):
+                await teachers.score([group], now, cohort=cfg.prompts_per_step)
         # Attempts are on disk before anything else can happen to them.
         run.write(group, step)
         return group
@@ -111,10 +117,13 @@ def attempting(
     return attempt
 
 
-async def publish(learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, step: int) -> None:
+async def publish(
+    run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, step: int
+) -> None:
     """Give the learner's weights to the sampler, and to the teachers that follow the student."""
-    await sampler.publish(learner.publish(), step)
-    await teachers.publish(learner.publish(), step)
+    with run.services.clock.span("loop", "publish", step=step):
+        await sampler.publish(learner.publish(), step)
+        await teachers.publish(learner.publish(), step)
 
 
 def pipeline(run: Run, attempt: Attempting) -> Pipeline:

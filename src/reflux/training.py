@@ -1,7 +1,8 @@
 """A run: its counters, schedule, evaluations, checkpoints and resume. `loop.train` calls its methods.
 
 Files of a run directory: config.toml  data.json  metrics.jsonl  evals.jsonl  attempts.jsonl
-checkpoints/step-N/  student/  summary.json  report.html. Some parts also write searches.jsonl or parts/NAME/.
+checkpoints/step-N/  student/  summary.json  report.html. Also trace.json if `trace` is set, and
+some parts write searches.jsonl or parts/NAME/.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from reflux.metrics.step_metrics import step_metrics
 from reflux.metrics.trackers import open_tracker
 from reflux.runtime.refreshes import Refreshes
 from reflux.runtime.services import Services
+from reflux.runtime.trace import Trace
 from reflux.runtime.watch import Silent, Watch
 from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
 from reflux.storage.journal import Journal
@@ -110,6 +112,8 @@ class Run:
                 run.watch.noted(note)
             # before config.toml is written, because the tracker's package may be missing
             run.journal.tracker = open_tracker(cfg.track, run.dir, to_table(cfg))
+            if cfg.trace:
+                run.services.clock.trace = Trace(run.dir / "trace.json", run.dir.name)
             run_dir.write_recipe(cfg, run.dir)
             run_dir.cut_back(run.dir, step)
             run.journal.resumed(step)
@@ -175,6 +179,7 @@ class Run:
         )
         self.step += 1
         add_up(self.totals, metrics)
+        self.services.clock.step_ended(self.step)
         self.journal.stepped({"step": self.step, **metrics})
 
     def due(self, what: str) -> bool:
@@ -214,7 +219,8 @@ class Run:
         if self.evaluated:
             return
         try:
-            results = {"step": self.step, **await self._results(learner, sampler, teachers)}
+            with self.services.clock.span("loop", "evaluate", step=self.step):
+                results = {"step": self.step, **await self._results(learner, sampler, teachers)}
         except Exception:
             if self.step:
                 self.save(learner, teachers, extrapolation)
@@ -254,8 +260,9 @@ class Run:
             "run": lambda folder: checkpoints.write(folder, {**self.totals, "seconds": self.seconds}),
         }
         # The student is exported first, so it is never older than the newest checkpoint.
-        files.write_folder(self.dir / "student", partial(self._export, learner))
-        checkpoints.save(self.dir / "checkpoints", self.step, parts, self.cfg.keep_checkpoints)
+        with self.services.clock.span("loop", "checkpoint", step=self.step):
+            files.write_folder(self.dir / "student", partial(self._export, learner))
+            checkpoints.save(self.dir / "checkpoints", self.step, parts, self.cfg.keep_checkpoints)
         self.journal.saved(self.step)
 
     def stop_if_asked(self) -> None:

@@ -106,6 +106,8 @@ class RunConfig:
                 "objectives: at least one [[objectives]] table is needed, because without an objective there "
                 "is no loss"
             )
+        if taken := sorted({*self.evals} & {"step", "health"}):
+            raise ValueError(f"evals.{taken[0]}: evals.jsonl has this key already. Choose another name.")
 
     @property
     def training_positions(self) -> int:

@@ -141,9 +141,7 @@ class FlowSampler(InProcessSampler):
             [Attempt(rollout) for chunk in chunks for rollout in self._denoise(chunk, trajectory, draw)]
         )
         groups = [[next(attempts) for _ in range(n)] for _, n, _ in requests]
-        self.services.clock.add(
-            "sample" if draw.purpose == "train" else draw.purpose, time.perf_counter() - started
-        )
+        self.services.clock.sampled(draw, started)
         return groups
 
     def _trajectory(self, draw: SamplingParams) -> Trajectory:
