@@ -164,7 +164,7 @@ ALARMS: dict[AlarmName, Alarm] = {
     ),
     "uniform_teacher": Alarm(
         uniform_teacher,
-        "Check the teacher's weights, tokenizer and chat template with `reflux doctor`: it knows nothing of "
+        "Check the teacher's weights, tokenizer and chat template with reflux doctor: it knows nothing of "
         "these texts.",
     ),
     "starved_teacher": Alarm(
@@ -182,7 +182,7 @@ ALARMS: dict[AlarmName, Alarm] = {
     ),
     "ratio_outside": Alarm(
         ratio_outside,
-        "Lower max_staleness or the learning rate, and check with `reflux doctor` that sampler and learner "
+        "Lower max_staleness or the learning rate, and check with reflux doctor that sampler and learner "
         "agree on log-probs.",
     ),
     "disk_nearly_full": Alarm(

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 # the tracks in the order in which a viewer shows them
-TRACKS = ("steps", "loop", "groups", "sampler", "environments", "rewards", "teachers", "learner")
+TRACKS = ("steps", "loop", "learner", "sampler", "teachers", "rewards", "environments", "groups")
+# the most rows of one track; viewers sort rows by their number
+_MOST = 10_000
 
 
 @dataclass
@@ -49,7 +51,6 @@ class Trace:
         self._lanes: dict[str, list[_Lane]] = {track: [] for track in TRACKS}
         # by caller and track: the lane in which the caller has open spans
         self._open: dict[tuple[int, str], _Lane] = {}
-        self._count = 0
         self._write({"name": "process_name", "ph": "M", "args": {"name": name}}, 0)
 
     @contextmanager
@@ -93,12 +94,11 @@ class Trace:
         for lane in lanes:
             if not lane.open and lane.until <= began:
                 return lane
-        self._count += 1
-        lanes.append(lane := _Lane(self._count))
+        lanes.append(lane := _Lane(_MOST * TRACKS.index(track) + len(lanes) + 1))
         shown = track if len(lanes) == 1 else f"{track} {len(lanes)}"
-        place = 10_000 * TRACKS.index(track) + len(lanes)
         self._write({"name": "thread_name", "ph": "M", "args": {"name": shown}}, lane.number)
-        self._write({"name": "thread_sort_index", "ph": "M", "args": {"sort_index": place}}, lane.number)
+        order = {"sort_index": lane.number}
+        self._write({"name": "thread_sort_index", "ph": "M", "args": order}, lane.number)
         return lane
 
     def _span(self, lane: _Lane, name: str, began: float, ended: float, what: Mapping[str, Any]) -> None:
