@@ -30,6 +30,7 @@ from laws import bias  # noqa: E402
 from reflux.config import registry  # noqa: E402
 from reflux.config.bases import RECIPES, recipe_names  # noqa: E402
 from reflux.config.citations import papers  # noqa: E402
+from reflux.config.health import Health  # noqa: E402
 from reflux.config.papers import GKD, Paper  # noqa: E402
 from reflux.config.recipe import RunConfig, Track, load_recipe  # noqa: E402
 from reflux.config.registry import PartOf  # noqa: E402
@@ -43,6 +44,7 @@ NOTES: dict[str, Any] = tomllib.loads((DOCS / "notes.toml").read_text())
 TABLES = {
     "": RunConfig,
     "track": Track,
+    "health": Health,
     "learner.lora": Lora,
     "learners.flow.lora": FlowLora,
     "learners.flow.merge": Merge,
@@ -241,6 +243,9 @@ def configuration() -> Iterator[str]:
     yield "## `[track]`\n"
     yield f"{inspect.getdoc(Track)}\n"
     yield from _table("track", Track)
+    yield "## `[health]`\n"
+    yield f"{inspect.getdoc(Health)}\n"
+    yield from _table("health", Health)
     for group in registry.GROUPS:
         yield (
             f"## {group}\n\nWritten as {WHERE[group]}."

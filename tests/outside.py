@@ -423,3 +423,17 @@ class Once(SlowChat):
 
     def runs_once(self, prompt: Prompt) -> bool:
         return prompt.route == "even"
+
+
+class Falls(EvalPart):
+    """An evaluation whose accuracy is 0.9 before the step `at`, and 0.1 from there on."""
+
+    asked: ClassVar[Asked] = "always"
+    split: ClassVar[None] = None
+    max_tokens: ClassVar[None] = None
+
+    at: int
+
+    async def __call__(self, evaluation: Any, source: Any) -> dict[str, Any]:
+        accuracy = 0.9 if evaluation.step < self.at else 0.1
+        return {"accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "problems": 100}

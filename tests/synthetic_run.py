@@ -159,7 +159,7 @@ def summary(steps: int) -> dict[str, Any]:
         "commit": "4f1c2ab",
         "config_hash": "9d0e7c",
         "seed": 0,
-        "health": [],
+        "health": {},
     }
 
 

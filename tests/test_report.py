@@ -106,17 +106,15 @@ def hostile_run(folder: Path) -> Path:
         ]
         step_context[HOSTILE] = {"accuracy": 0.5}
     write_lines(folder / "evals.jsonl", moments)
-    table = (
-        summary(6)
-        | dict.fromkeys(("recipe", "method", "commit", "config_hash", "seed"), HOSTILE)
-        | {"health": [HOSTILE]}
-    )
+    table = summary(6) | dict.fromkeys(("recipe", "method", "commit", "config_hash", "seed"), HOSTILE)
     (folder / "summary.json").write_text(json.dumps(table))
     # TOML's basic strings are JSON's, but hold no lone surrogates
     written = json.dumps(HOSTILE.replace("\ud800", ""))
     (folder / "config.toml").write_text(
         f"[learner]\nmodel = {written}\n[teachers.{written}]\nmodel = {written}\n"
     )
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    write_lines(folder / "metrics.jsonl", [{**row, "health": [HOSTILE]} for row in metrics])
     tokenizer = json.loads((folder / "student" / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"][HOSTILE.replace("\ud800", "")] = 200
     (folder / "student" / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -184,7 +182,7 @@ def test_hostile_text_stays_text(tmp_path: Path):
     assert page.tags["title"] == 1
     assert not page.tags["img"]
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    # recipe (twice), method, commit, hash, seed, health, attempt (5), example (4) and its pair
+    # recipe (twice), method, commit, hash, seed, alarm, attempt (5), example (4) and its pair
     assert page.words.count(SEEN) >= 13
     assert not set(page.source) & set("\u202e\u2066\u0007")
     assert all(

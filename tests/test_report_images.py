@@ -382,7 +382,7 @@ def hostile_pictures(folder: Path) -> Path:
                 }
                 row[name] = {**table, **by, "examples": some}
     write_lines(folder / "evals.jsonl", moments)
-    (folder / "summary.json").write_text(json.dumps(summary(4) | {"recipe": HOSTILE, "health": [HOSTILE]}))
+    (folder / "summary.json").write_text(json.dumps(summary(4) | {"recipe": HOSTILE}))
     return folder
 
 

@@ -45,6 +45,10 @@ class Stopped(RefluxError):
     """The user asked the run to stop (Ctrl-C or SIGTERM). Its state is saved."""
 
 
+class StoppedByAlarm(Stopped):
+    """An alarm of `health.stop_on` began, so the run has ended. Its state is saved."""
+
+
 class ServerError(RefluxError, ConnectionError):
     """A server of models that gave no answer, although the request was sent again where that is possible."""
 

@@ -24,6 +24,7 @@ from reflux.rewards.weighted import open_rewards
 from reflux.runtime.pipeline import Ask, Attempting, Pipeline
 from reflux.runtime.services import Services
 from reflux.runtime.signals import stopping_on_signals
+from reflux.runtime.timers import Waiting
 from reflux.samplers.base import OpenSampler
 from reflux.teachers.collection import Teachers
 from reflux.training import Options, Run
@@ -52,14 +53,14 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         run.restore(learner, teachers, extrapolation)
         compared_by = scorer(cfg.extrapolation, run.context, run.services)
         score = CurrentScore(compared_by, learner, partial(run.evaluation, sampler, teachers))
-        await publish(learner, sampler, teachers, run.step)
+        await publish(run, learner, sampler, teachers, run.step)
         preflight = Preflight(cfg, run.evaluation(sampler, teachers), learner, teachers, run.dir)
         await preflight()
         # Due before the first step, and after a resume where the evaluation of this step is missing.
         if run.due("eval"):
             await run.evaluate(learner, sampler, teachers, extrapolation)
         async with aclosing(pipeline(run, attempting(run, learner, sampler, reward, teachers))) as stream:
-            async for groups in stream:
+            async for groups in Waiting(stream, run.services.clock):
                 now = run.step_context(version=learner.version)
                 # Teachers answer again only where an answer is missing or the context has changed.
                 await teachers.score_again(groups, now)
@@ -78,7 +79,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                     stream.refresh()
                 elif run.refreshes.due(groups, run.step):
                     stream.refresh()
-                await publish(learner, sampler, teachers, run.step + 1)
+                await publish(run, learner, sampler, teachers, run.step + 1)
                 await preflight()
                 run.advance(result, groups, learner, teachers, jumped, score.take())
                 run.positions = stream.positions
@@ -102,15 +103,20 @@ def attempting(
     cfg = run.cfg
 
     async def attempt(ask: Ask) -> Group:
-        if ask.recalled:
-            group = run.in_flight.recall(ask, cfg.group_size)
-        else:
-            run.in_flight.begin(ask)
-            group = await sampler.sample(ask.prompt, cfg.group_size, cfg.draw(ask.step, ask.cohort))
-            for each in group:
-                each.asked_step = ask.step
-            await judge(reward, group)
-        await teachers.score([group], run.step_context(ask.step, learner.version), ask.cohort)
+        span = partial(run.services.clock.span, "groups", step=ask.step + 1, group=ask.prompt.key)
+        with span("group"):
+            if ask.recalled:
+                group = run.in_flight.recall(ask, cfg.group_size)
+            else:
+                run.in_flight.begin(ask)
+                with span("sample"):
+                    group = await sampler.sample(ask.prompt, cfg.group_size, cfg.draw(ask.step, ask.cohort))
+                for each in group:
+                    each.asked_step = ask.step
+                with span("reward"):
+                    await judge(reward, group)
+            with span("teach"):
+                await teachers.score([group], run.step_context(ask.step, learner.version), ask.cohort)
         # Attempts are on disk before anything else can happen to them.
         run.write(ask, group)
         return group
@@ -118,10 +124,13 @@ def attempting(
     return attempt
 
 
-async def publish(learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, step: int) -> None:
+async def publish(
+    run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, step: int
+) -> None:
     """Give the learner's weights to the sampler, and to the teachers that follow the student."""
-    await sampler.publish(learner.publish(), step)
-    await teachers.publish(learner.publish(), step)
+    with run.services.clock.span("loop", "publish", step=step):
+        await sampler.publish(learner.publish(), step)
+        await teachers.publish(learner.publish(), step)
 
 
 def pipeline(run: Run, attempt: Attempting) -> Pipeline:
@@ -138,7 +147,7 @@ def pipeline(run: Run, attempt: Attempting) -> Pipeline:
         max_staleness=cfg.max_staleness,
         ahead=cfg.steps_ahead,
         order=cfg.order,
-        recalled=run.recalled,
+        recalled=run.in_flight.recalled,
     )
 
 

@@ -1,13 +1,14 @@
 """A run: its counters, schedule, evaluations, checkpoints and resume. `loop.train` calls its methods.
 
 Files of a run directory: config.toml  data.json  metrics.jsonl  evals.jsonl  attempts.jsonl
-checkpoints/step-N/  student/  summary.json  report.html. Some parts also write searches.jsonl or parts/NAME/.
+checkpoints/step-N/  student/  summary.json  report.html. Also trace.json if `trace` is set, and
+some parts write searches.jsonl or parts/NAME/.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,8 @@ from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig, part_context, to_table
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
-from reflux.errors import Stopped
-from reflux.evals.base import Source, is_due
+from reflux.errors import Stopped, StoppedByAlarm
+from reflux.evals import at_step
 from reflux.evals.evaluation import Evaluation
 from reflux.loss.step import StepResult
 from reflux.metrics.flops import TOKENS, Landed, Ran, add_up
@@ -31,6 +32,7 @@ from reflux.runtime.pipeline import Ask
 from reflux.runtime.positions import Positions
 from reflux.runtime.refreshes import Refreshes
 from reflux.runtime.services import Services
+from reflux.runtime.trace import Trace
 from reflux.runtime.watch import Silent, Watch
 from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
 from reflux.storage.in_flight import InFlight
@@ -74,7 +76,7 @@ class Run:
         self.seed, self.task, self.step = cfg.seed, cfg.task, (step := positions.consumed)
         self.resumed = step if options.resume else None
         self.stopping = False
-        self.journal = Journal(self.dir, options.watch)
+        self.journal = Journal(self.dir, options.watch, cfg)
         overlap = cfg.max_staleness > 0 or cfg.sampler.overlaps
         self.services = Services(
             cfg.learner.student, overlap=overlap, listener=options.watch, append=self.journal.append
@@ -87,8 +89,6 @@ class Run:
         self._started = time.perf_counter()
         self.landed = Landed()
         self.in_flight = InFlight(self.dir, cfg.task.runs_once, max_staleness=cfg.max_staleness)
-        # what `restore` finds of attempts that were made before a resume
-        self.recalled: Mapping[tuple[int, int], int] = {}
         self._lock = (self.dir / ".lock").open("w")
 
     @classmethod
@@ -114,8 +114,11 @@ class Run:
                 run.watch.noted(note)
             # before config.toml is written, because the tracker's package may be missing
             run.journal.tracker = open_tracker(cfg.track, run.dir, to_table(cfg))
+            if cfg.trace:
+                run.services.clock.trace = Trace(run.dir / "trace.json", run.dir.name)
             run_dir.write_recipe(cfg, run.dir)
             run_dir.cut_back(run.dir, run.step)
+            run.journal.resumed(run.step)
             undo.pop_all()
         return run
 
@@ -141,10 +144,7 @@ class Run:
             extrapolation.load(kept / "extrapolation")
         else:
             extrapolation.start(learner.access)
-        found = self.in_flight.find(self.positions, learner.version)
-        self.recalled = found.recalled
-        for note in found.notes(self.positions):
-            self.watch.noted(note)
+        self.services.tell(self.in_flight.resume(self.positions, learner.version))
 
     def write(self, ask: Ask, group: Group) -> None:
         """Write the attempts to disk: the first line of each, and what a resume needs to use them again."""
@@ -180,13 +180,15 @@ class Run:
         )
         self.step += 1
         add_up(self.totals, metrics)
+        self.services.clock.step_ended(self.step)
         self.journal.stepped({"step": self.step, **metrics})
 
     def due(self, what: str) -> bool:
-        """True if an evaluation ("eval") or a checkpoint ("save") is due now. A run that is asked to stop
-        saves at once. After the last step the loop evaluates and saves in any case, so nothing is due then.
+        """True if an evaluation ("eval") or a checkpoint ("save") is due now. A run that is asked to stop, or
+        that an alarm ends, saves at once. After the last step the loop evaluates and saves in any case, so
+        nothing is due then.
         """
-        if what == "save" and self.stopping:
+        if what == "save" and (self.stopping or self.journal.monitor.ending):
             return True
         every = self.cfg.eval_every if what == "eval" else self.cfg.save_every
         return self.step % every == 0 and self.step < self.cfg.steps
@@ -217,37 +219,23 @@ class Run:
         """
         if self.evaluated:
             return
+        seen = {name for row in files.read_lines(self.dir / "evals.jsonl") for name in row}
+        asked = self.evaluation(sampler, teachers)
         try:
-            results = {"step": self.step, **await self._results(learner, sampler, teachers)}
+            with self.services.clock.span("loop", "evaluate", step=self.step):
+                found = await at_step.results(
+                    self.cfg.evals,
+                    asked,
+                    learner,
+                    steps=self.cfg.steps,
+                    seen=seen,
+                    folder=lambda name: self.context(f"evals.{name}").folder,
+                )
         except Exception:
             if self.step:
                 self.save(learner, teachers, extrapolation)
             raise
-        self.journal.evaluated(results)
-
-    async def _results(
-        self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers
-    ) -> dict[str, Any]:
-        """The result of each evaluation that is due. Evaluations of the teacher run only once.
-
-        If the learner keeps averaged weights, the sampler and the learner use them during the evaluations.
-        """
-        seen = {name for row in files.read_lines(self.dir / "evals.jsonl") for name in row}
-        averaged = False
-        try:
-            with learner.at_mean() as averaged:
-                if averaged:
-                    await sampler.publish(self.services.lend(learner.publish()), self.step)
-                asked = self.evaluation(sampler, teachers)
-                return {
-                    name: await part(asked, Source(learner.access, self.context(f"evals.{name}").folder))
-                    for name, part in self.cfg.evals.items()
-                    if is_due(part, self.step, self.cfg.steps, name in seen)
-                }
-        finally:
-            if averaged:
-                # The sampler gets the student's own weights back, also if an evaluation raised.
-                await sampler.publish(learner.publish(), self.step)
+        self.journal.evaluated({"step": self.step, **found})
 
     def save(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
         """Export the student and write a checkpoint of learner, teachers, extrapolation and counters."""
@@ -259,16 +247,21 @@ class Run:
             "run": lambda folder: checkpoints.write(folder, {**self.totals, "seconds": self.seconds}),
         }
         # The student is exported first, so it is never older than the newest checkpoint.
-        files.write_folder(self.dir / "student", partial(self._export, learner))
-        checkpoints.save(self.dir / "checkpoints", self.step, parts, self.cfg.keep_checkpoints)
+        with self.services.clock.span("loop", "checkpoint", step=self.step):
+            files.write_folder(self.dir / "student", partial(self._export, learner))
+            checkpoints.save(self.dir / "checkpoints", self.step, parts, self.cfg.keep_checkpoints)
+        self.journal.saved(self.step)
         self.in_flight.forget()
 
     def stop_if_asked(self) -> None:
-        """Raise Stopped if a signal asked the run to stop and this was not its last step. The state is
-        already saved, because `due` is True for "save" then.
+        """Raise Stopped if a signal asked the run to stop, StoppedByAlarm if an alarm of `stop_on` began, and
+        this was not its last step. The state is already saved, because `due` is True for "save" then.
         """
+        where = f"stopped after step {self.step} of {self.cfg.steps}; everything is saved"
+        if self.step < self.cfg.steps and self.journal.monitor.ending:
+            raise StoppedByAlarm(f"{where}. {self.journal.monitor.ending}")
         if self.stopping and self.step < self.cfg.steps:
-            raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; everything is saved")
+            raise Stopped(where)
 
     def _export(self, learner: OpenLearner, folder: Path) -> None:
         learner.export(folder)

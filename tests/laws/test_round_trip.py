@@ -146,6 +146,8 @@ def test_everything_set_at_once_survives() -> None:
         },
         "extrapolation": {"kind": "outside:Jump", "at": 4},
         "track": {"kind": "tensorboard", "project": "p", "name": "n"},
+        "health": {"stop_on": ["falling_evaluation"], "skip": ["ratio_outside"], "window": 3, "stall_s": 1.5},
+        "trace": True,
         "evals.accuracy": {"problems": 7, "samples": 4, "k": 2},
         "max_staleness": 2,
     }

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from reflux.cli.progress import Progress
 from reflux.config.recipe import RunConfig, load_recipe, saved_table
-from reflux.errors import RunError, StepRefused, Stopped
+from reflux.errors import RunError, StepRefused, Stopped, StoppedByAlarm
 from reflux.models.locations import SHIPPED
 from reflux.reports.asked import problems_of, split_of
 from reflux.runtime.library_logging import quiet_libraries
@@ -26,7 +26,8 @@ console = Console()
 
 def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool) -> None:
     """Train as `reflux run` does, then print the results. recipe: a name or a path. out: the run directory.
-    resume: continue an earlier run. After a stop by the user the exit code is 130, as shells expect.
+    resume: continue an earlier run. After a stop by the user the exit code is 130, as shells expect; after
+    a stop by an alarm it is 3.
     """
     cfg = load_recipe(recipe, overrides)
     if cfg.learner.follow():
@@ -45,6 +46,12 @@ def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool
     again = shlex.join(["reflux", "run", recipe, *overrides, "--out", str(folder), "--resume"])
     try:
         summary = _train(cfg, Options(folder, resume), console)
+    except StoppedByAlarm as stopped:
+        _say(
+            f"{stopped}\nThe report is written by: {shlex.join(['reflux', 'report', str(folder)])}\n"
+            f"This alarm does not stop the run again while it holds. Continue with:\n  {again}"
+        )
+        raise SystemExit(3) from None
     except Stopped as stopped:
         _say(f"{stopped}. Continue with:\n  {again}")
         raise SystemExit(130) from None

@@ -69,7 +69,8 @@ class RemoteSampler:
     async def _share(self, share: Sequence[Request]) -> Reply:
         size = sum(n * draw.max_positions for _, n, draw in share)
         sent = packed(list(share))
-        return await self.pool.least(size, lambda actor: actor.sample.remote(sent))
+        with self.services.clock.span("sampler", "sample in an actor", step=share[0][2].step + 1):
+            return await self.pool.least(size, lambda actor: actor.sample.remote(sent))
 
     def _add_seconds(self, answers: Sequence[Reply]) -> None:
         """Add the seconds of the slowest actor, since they work at the same time."""

@@ -24,6 +24,7 @@ from reflux.cluster.base import Cluster
 from reflux.config import registry
 from reflux.config.bases import read_recipe, resolve
 from reflux.config.context import Numbers, PartContext, Placement
+from reflux.config.health import Health
 from reflux.config.overrides import merge, nest, split_override, unpack
 from reflux.config.refresh import Refresh
 from reflux.config.registry import STRICT, PartOf
@@ -45,7 +46,7 @@ Count = Annotated[int, Field(ge=1)]
 # the checks of the preflight that can fail
 Check = Literal["all", "disk", "ends", "gradient", "identity", "parity", "prompts", "teacher"]
 # keys that do not change what a run computes
-UNCOUNTED = ("track", "skip_checks")
+UNCOUNTED = ("track", "skip_checks", "health", "trace")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -76,6 +77,7 @@ class RunConfig:
     # the processes of samplers, teachers and learner ranks; not set: all parts are in one process
     cluster: Annotated[Cluster | None, PartOf("cluster", default="ray")] = None
     track: Track = Track()
+    health: Health = Health()
     recipe: str = "unnamed"
     steps: Annotated[int, Field(ge=0)] = 200
     prompts_per_step: Count = 64
@@ -102,6 +104,8 @@ class RunConfig:
     skip_checks: tuple[Check, ...] = ()
     # use only deterministic algorithms of torch, so that a run on one GPU repeats bit for bit
     deterministic: bool = False
+    # write trace.json, which shows in any trace viewer when each part worked and which one waited
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if not self.objectives:
@@ -109,6 +113,8 @@ class RunConfig:
                 "objectives: at least one [[objectives]] table is needed, because without an objective there "
                 "is no loss"
             )
+        if taken := sorted({*self.evals} & {"step", "health"}):
+            raise ValueError(f"evals.{taken[0]}: evals.jsonl has this key already. Choose another name.")
 
     @property
     def training_positions(self) -> int:
@@ -193,7 +199,7 @@ def to_toml(cfg: RunConfig) -> str:
 
 
 def config_hash(cfg: RunConfig) -> str:
-    """A hash of the config without its tracker and skipped checks, 12 hex digits. Two runs with the same hash
+    """A hash of the config without UNCOUNTED, 12 hex digits. Two runs with the same hash
     do the same work.
     """
     table = {key: value for key, value in to_table(cfg).items() if key not in UNCOUNTED}

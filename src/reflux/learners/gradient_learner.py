@@ -151,7 +151,8 @@ class GradientLearner(ABC):
 
     async def observe(self, groups: Sequence[Group]) -> list[Target | None]:
         attempts = [attempt for group in groups for attempt in group]
-        found = await self.services.run_model(self.seen, groups) if self.observes else {}
+        with self.services.clock.span("learner", "observe"):
+            found = await self.services.run_model(self.seen, groups) if self.observes else {}
         return [found.get(id(attempt)) for attempt in attempts]
 
     def seen(self, groups: Sequence[Group]) -> dict[int, Target]:
@@ -178,7 +179,7 @@ class GradientLearner(ABC):
         stats, records = learned(done, attempts, request.log_variance)
         if "loss" in stats:
             stats |= self._move(request.step_context.step, float(stats["loss"].value or 0.0), records)
-        self.services.clock.add("learn", time.perf_counter() - started)
+        self.services.clock.spent("learner", "learn", started, step=request.step_context.step + 1)
         return StepResult(
             stats, records, sum(each.forward for each in done), sum(each.backward for each in done)
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from reflux.metrics.flops import Ran, Work, flops
-from reflux.metrics.teacher_distance import generated_kl, trained_kl
+from reflux.metrics.teacher_distance import generated_kl, sampled_entropy, teacher_nats, trained_kl
 from reflux.metrics.values import Mean, Stats, merge
 from reflux.runtime.timers import Clock
 from reflux.types import Attempt, Credit, Finish, Group
@@ -50,10 +50,9 @@ def step_metrics(
     work = Work.of(attempts)
     by_table = _asked(live, tables)
     everything = work + discarded + (scored.work if scored else Work())
-    kl = generated_kl(live, "main").value if on_policy else None
     return {
         "loss": values.get("loss", 0.0),
-        **({} if kl is None else {"kl_nats": kl}),
+        **(_generated(live) if on_policy else {}),
         **{name: value for name, value in values.items() if name not in _PLACED},
         "updates": int(values.get("updates") or 0),
         "staleness_mean": Mean.of(stalenesses).value,
@@ -67,12 +66,7 @@ def step_metrics(
             finish: sum(a.rollout.finish == finish for a in attempts) for finish in get_args(Finish)
         },
         "errors": len(attempts) - len(live),
-        "without_target": _without_target(live, tables),
-        "asked": {table: len(heard) for table, heard in by_table.items()},
-        "answer_errors": _answer_errors(live, tables),
-        "kl_nats_trained_by_table": {
-            table: trained_kl(heard, tables[table]).value for table, heard in by_table.items()
-        },
+        **_by_teacher(live, by_table, tables),
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
         "seconds": clock.take(),
@@ -80,6 +74,29 @@ def step_metrics(
         "credit": _credit(live),
         "context": _context(live),
         "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def _generated(attempts: list[Attempt]) -> dict[str, float]:
+    """The KL to teacher `main` and the entropy of the student that sampled, where they are known."""
+    found = {"kl_nats": generated_kl(attempts, "main").value, "entropy_nats": sampled_entropy(attempts).value}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _by_teacher(
+    live: list[Attempt], by_table: Mapping[str, list[Attempt]], tables: Mapping[str, str]
+) -> dict[str, Any]:
+    """The numbers of each teacher. by_table: the attempts that each table was asked about."""
+    return {
+        "without_target": _without_target(live, tables),
+        "asked": {table: len(heard) for table, heard in by_table.items()},
+        "answer_errors": _answer_errors(live, tables),
+        "kl_nats_trained_by_table": {
+            table: trained_kl(heard, tables[table]).value for table, heard in by_table.items()
+        },
+        "teacher_nats_by_table": {
+            table: teacher_nats(heard, tables[table]) for table, heard in by_table.items()
+        },
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from reflux.metrics.values import Mean
 from reflux.models.heads import Heads
-from reflux.types import Attempt, VelocityTarget
+from reflux.types import Attempt, TokenRollout, VelocityTarget
 
 
 def generated_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
@@ -43,6 +43,40 @@ def trained_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
     ]
     gaps = [logp["student"] - logp[teacher] for logp in known]
     return Mean.of(np.concatenate([gap[np.isfinite(gap)] for gap in gaps]) if gaps else [])
+
+
+def sampled_entropy(attempts: Sequence[Attempt]) -> Mean:
+    """The entropy of the student that sampled, nats per token: the mean of -log p(a) over the sampled tokens,
+    at temperature 1 without top-p.
+
+    It is unbiased where the tokens were sampled at temperature 1 without top-p. Images count nothing, because
+    the entropy of a density has no lowest value.
+    """
+    return Mean.of(
+        np.concatenate(
+            [
+                -attempt.rollout.policy_logp_T[attempt.rollout.mask_T].astype(np.float64)
+                for attempt in attempts
+                if isinstance(attempt.rollout, TokenRollout)
+            ]
+            or [[]]
+        )
+    )
+
+
+def teacher_nats(attempts: Sequence[Attempt], teacher: str) -> dict[str, float] | None:
+    """The mean and the standard deviation of -log q(a) over the sampled tokens, nats, as `mean` and `std`. q
+    is `teacher`. None for images, and where no log-prob of the teacher is known.
+    """
+    known = [
+        logp_T[attempt.rollout.mask_T]
+        for attempt in attempts
+        if isinstance(attempt.rollout, TokenRollout)
+        and (logp_T := teacher_logp_T(attempt, teacher)) is not None
+    ]
+    nats = -np.concatenate(known or [[]]).astype(np.float64)
+    nats = nats[np.isfinite(nats)]
+    return {"mean": float(nats.mean()), "std": float(nats.std())} if len(nats) else None
 
 
 def _known_gap_T(attempt: Attempt, teacher: str) -> np.ndarray | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from reflux.reports.asked import split_of
-from reflux.reports.reading import Row, items, number, table, whole
+from reflux.reports.reading import Row, items, number, table, texts, whole
 from reflux.reports.scores import SearchScore, score
 
 
@@ -76,6 +76,8 @@ class EvalPoint:
     splits: dict[str, ProblemSplit] = field(default_factory=dict)
     agreements: dict[str, AgreementPoint] = field(default_factory=dict)
     examples: dict[str, list[Row]] = field(default_factory=dict)
+    # the names of the alarms that held
+    health: list[str] = field(default_factory=list)
 
 
 def read_evals(lines: Iterable[Row]) -> list[EvalPoint]:
@@ -92,7 +94,7 @@ def read_evals(lines: Iterable[Row]) -> list[EvalPoint]:
 
 
 def _moment(step: int, row: Row) -> EvalPoint:
-    moment = EvalPoint(step)
+    moment = EvalPoint(step, health=texts(row.get("health")))
     for name, value in row.items():
         found, agreement = score(value), _agreement(value)
         examples = [entry for entry in items(table(value).get("examples")) if isinstance(entry, dict)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from reflux.reports.reading import Row, number, table, whole
+from reflux.reports.reading import Row, number, table, texts, whole
 
 ROLES = ("sample", "reward", "teach", "learn")
 _NUMBERS = (
@@ -59,6 +59,8 @@ class Metrics:
     ratio_outside_share: Column = field(default_factory=list)
     # The number of attempts that could not be graded.
     ungraded: Column = field(default_factory=list)
+    # The names of the alarms that held.
+    health: list[list[str]] = field(default_factory=list)
     # By NAME of `[teachers.NAME]`: one entry for each step that names this teacher.
     teachers: dict[str, list[Heard]] = field(default_factory=dict)
     seconds: dict[str, Column] = field(default_factory=lambda: {role: [] for role in (*ROLES, "total")})
@@ -79,6 +81,7 @@ def read_metrics(lines: Iterable[Row]) -> Metrics:
         metrics.step.append(step)
         for name in _NUMBERS:
             getattr(metrics, name).append(number(row.get(name)))
+        metrics.health.append(texts(row.get("health")))
         kls = table(row.get("kl_nats_trained_by_table"))
         for name, asked in table(row.get("asked")).items():
             metrics.teachers.setdefault(name, []).append(Heard(number(asked), number(kls.get(name))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reflux.reports.alarms import ShownAlarm, shown_alarms
 from reflux.reports.evals import EvalPoint, main_name
 from reflux.reports.formatting import visible
 from reflux.reports.metrics import Metrics
@@ -26,8 +27,8 @@ class Overview:
     facts: list[tuple[str, str]]
     # (name, accuracy) of student before, student after and teacher
     scores: list[tuple[str, SearchScore | None]]
-    # the warnings in summary.json
-    health: list[str]
+    # the alarms that held at some step
+    alarms: list[ShownAlarm]
 
 
 def overview(
@@ -45,7 +46,7 @@ def overview(
         sentence=_sentence(scores, whole(finished.get("steps")) or done, finished.get("seconds")),
         facts=_facts(config, finished, done, planned),
         scores=scores,
-        health=[visible(entry) for entry in items(finished.get("health")) if isinstance(entry, str)],
+        alarms=shown_alarms(metrics, moments),
     )
 
 

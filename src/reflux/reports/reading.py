@@ -84,6 +84,11 @@ def items(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def texts(value: object) -> list[str]:
+    """The texts of a list; none if the value is no list."""
+    return [entry for entry in items(value) if isinstance(entry, str)]
+
+
 def toml_table(path: Path, notes: list[str]) -> Row:
     """The table of a TOML file. Empty, with a note, if the file is missing or damaged."""
     try:

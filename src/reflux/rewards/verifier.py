@@ -75,5 +75,5 @@ class OpenVerifier:
         started = time.perf_counter()
         rewards = await self._graders.judge_attempts(self._task, group)
         # If several groups wait at the same time, the waiting time of each is counted.
-        self._clock.add("reward", time.perf_counter() - started)
+        self._clock.spent("rewards", "reward", started, group=group[0].rollout.prompt.key if group else None)
         return rewards

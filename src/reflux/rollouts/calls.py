@@ -12,6 +12,7 @@ from typing import Any
 from reflux.errors import ConfigError
 from reflux.rollouts.environment import Environment, Observation, Opens, ToolError
 from reflux.runtime.services import Listener
+from reflux.runtime.timers import Clock
 from reflux.types import Finish, Message, Prompt
 
 # Characters of a tool's error text that are kept.
@@ -25,8 +26,8 @@ class EnvironmentCalls:
     one `close`, in seconds.
     """
 
-    def __init__(self, task: Opens, timeout_s: float, listener: Listener):
-        self.task, self.timeout_s, self.listener = task, timeout_s, listener
+    def __init__(self, task: Opens, timeout_s: float, listener: Listener, clock: Clock):
+        self.task, self.timeout_s, self.listener, self.clock = task, timeout_s, listener, clock
         self._told: set[str] = set()
 
     @asynccontextmanager
@@ -65,8 +66,9 @@ class EnvironmentCalls:
         """
         limit = asyncio.timeout(self.timeout_s)
         try:
-            async with limit:
-                return await environment.step(message)
+            with self.clock.span("environments", "environment", group=prompt.key):
+                async with limit:
+                    return await environment.step(message)
         except TimeoutError:
             # A TimeoutError of the environment itself is not the limit of this call.
             if not limit.expired():

@@ -26,6 +26,7 @@ from reflux.rollouts.calls import EnvironmentCalls, Open, ended
 from reflux.rollouts.conversation import Conversation
 from reflux.rollouts.environment import Environment, Observation
 from reflux.runtime.services import Deaf, Listener
+from reflux.runtime.timers import Clock
 from reflux.types import Attempt, Group, Prompt, TokenRollout
 
 # A prompt, the number of attempts, and how they are sampled.
@@ -53,7 +54,7 @@ class Driver:
 
     generator: the model that writes the turns. end_ids: the token ids that end its turns. A turn that ended
     at a stop text has none of these ids; the end token that the template writes is then read before the
-    reply. listener: gets the first failure of each kind.
+    reply. listener: gets the first failure of each kind. clock: records the times of environments.
 
     turns "together": after the last environment has answered, one turn is generated for all attempts that
     continue, so every batch has the same composition in every run. "ready": a turn is generated for the
@@ -72,13 +73,16 @@ class Driver:
         *,
         turns: Literal["together", "ready"] = "together",
         listener: Listener | None = None,
+        clock: Clock | None = None,
     ):
         self.generator, self.context, self.limits, self.end_ids = generator, context, limits, end_ids
         student = context.student
         self.renderer = Renderer(tokenizer, student.system, student.template, student.prompt_suffix)
         self.spans = CharacterSpans(tokenizer)
         self.special = sorted(special_ids(tokenizer, end_ids))
-        self.environments = EnvironmentCalls(context.task, limits.environment_timeout_s, listener or Deaf())
+        self.environments = EnvironmentCalls(
+            context.task, limits.environment_timeout_s, listener or Deaf(), clock or Clock()
+        )
         # "together" waits for all of them, or for the first exception, which ends `play`.
         self._until = asyncio.FIRST_EXCEPTION if turns == "together" else asyncio.FIRST_COMPLETED
 

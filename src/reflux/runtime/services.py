@@ -129,6 +129,7 @@ class Services:
 
     def close(self) -> None:
         self._closing.close()
+        self.clock.close()
 
 
 def _model_threads() -> ThreadPoolExecutor:

@@ -1,19 +1,31 @@
 """Seconds by role, such as "sample" or "learn". The parts add the duration of each model call; the run reads
-the sums once per step.
+the sums once per step. With a trace the clock also writes when each call was made.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
+
+if TYPE_CHECKING:
+    from reflux.config.step_context import SamplingParams
+    from reflux.runtime.trace import Trace
+
+Item = TypeVar("Item")
 
 
 class Clock:
-    def __init__(self) -> None:
+    """trace: gets the spans of the calls; None: they are not recorded."""
+
+    def __init__(self, trace: Trace | None = None) -> None:
+        self.trace = trace
         self._seconds: dict[str, float] = {}
         # model calls may end in worker threads
         self._lock = threading.Lock()
-        self._last = time.perf_counter()
+        self._last = self._step_began = time.perf_counter()
 
     def add(self, role: str, seconds: float) -> None:
         with self._lock:
@@ -26,6 +38,56 @@ class Clock:
             taken, self._seconds = self._seconds, {}
         taken["total"], self._last = now - self._last, now
         return {role: round(seconds, 6) for role, seconds in taken.items()}
+
+    def spent(
+        self, track: str, role: str, began: float, *, step: int | None = None, group: str | None = None
+    ) -> None:
+        """Add the seconds since `began` (of time.perf_counter) to a role, and the span to the trace.
+
+        track: one of `trace.TRACKS`. step: the optimiser step, from 1. group: the key of a prompt.
+        """
+        ended = time.perf_counter()
+        self.add(role, ended - began)
+        if self.trace is not None:
+            self.trace.add(track, role, began, ended, {"step": step, "group": group})
+
+    def sampled(self, draw: SamplingParams, began: float) -> None:
+        """Add the seconds since `began` as the sampler's work for attempts with these parameters."""
+        training = draw.purpose == "train"
+        role = "sample" if training else draw.purpose
+        self.spent("sampler", role, began, step=draw.step + 1 if training else None)
+
+    def span(
+        self, track: str, name: str, *, step: int | None = None, group: str | None = None
+    ) -> AbstractContextManager[None]:
+        """Record the time of a block in the trace. It counts as no seconds of a role."""
+        if self.trace is None:
+            return nullcontext()
+        return self.trace.span(track, name, {"step": step, "group": group})
+
+    def step_ended(self, step: int) -> None:
+        """Record the time since the last step ended as that of `step` (from 1)."""
+        began, self._step_began = self._step_began, time.perf_counter()
+        if self.trace is not None:
+            self.trace.add("steps", f"step {step}", began, self._step_began, {"step": step})
+
+    def close(self) -> None:
+        if self.trace is not None:
+            self.trace.close()
+
+
+class Waiting(Generic[Item]):
+    """The items of `stream`. The time that is waited for each of them is recorded."""
+
+    def __init__(self, stream: AsyncIterator[Item], clock: Clock):
+        self._stream, self._clock = stream, clock
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Item:
+        with self._clock.span("loop", "wait for attempts"):
+            return await anext(self._stream)
 
 
 class Overlapping:

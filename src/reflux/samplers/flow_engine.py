@@ -144,9 +144,7 @@ class FlowSampler(InProcessSampler):
             made += map(Attempt, self._denoise(chunk, trajectory, draw))
         attempts = iter(made)
         groups = [[next(attempts) for _ in range(n)] for _, n, _ in requests]
-        self.services.clock.add(
-            "sample" if draw.purpose == "train" else draw.purpose, time.perf_counter() - started
-        )
+        self.services.clock.sampled(draw, started)
         return groups
 
     def _trajectory(self, draw: SamplingParams) -> Trajectory:

@@ -48,7 +48,14 @@ class HFSampler(InProcessSampler):
             cfg.environment_timeout_s,
         )
         self.driver = Driver(
-            self, model.tokenizer, model.end_ids, context, limits, turns=cfg.turns, listener=services.listener
+            self,
+            model.tokenizer,
+            model.end_ids,
+            context,
+            limits,
+            turns=cfg.turns,
+            listener=services.listener,
+            clock=services.clock,
         )
 
     @classmethod
@@ -99,7 +106,7 @@ class HFSampler(InProcessSampler):
                 )
         if purpose == "train" and not self.told:
             self._tell()
-        self.services.clock.add("sample" if purpose == "train" else purpose, time.perf_counter() - started)
+        self.services.clock.sampled(requests[0].draw, started)
         return [turns[place] for place in range(len(requests))]
 
     def _decoded(self, asks: Sequence[TurnRequest]) -> list[Turn] | None:

@@ -100,7 +100,7 @@ class OpenTeacherSamples:
                     (prompt.key, sample): Attempt(rollout)
                     for (prompt, sample), rollout in zip(some, rollouts, strict=True)
                 }
-        self.services.clock.add("sample", time.perf_counter() - started)
+        self.services.clock.sampled(requests[0][2], started)
         return [[found[prompt.key, sample] for sample in range(n)] for prompt, n, _ in requests]
 
     def _drawer(self, prompt: Prompt) -> str:

@@ -45,7 +45,14 @@ class VLLMSampler:
             cfg.environment_timeout_s,
         )
         self.driver = Driver(
-            self, tokenizer, end_ids, context, limits, turns="ready", listener=services.listener
+            self,
+            tokenizer,
+            end_ids,
+            context,
+            limits,
+            turns="ready",
+            listener=services.listener,
+            clock=services.clock,
         )
         # of requests in flight
         self.flying = Overlapping()
@@ -69,7 +76,8 @@ class VLLMSampler:
         purpose = requests[0].draw.purpose
         self.flying.begin()
         try:
-            return await together(self._turn(ask) for ask in requests)
+            with self.services.clock.span("sampler", "generate"):
+                return await together(self._turn(ask) for ask in requests)
         finally:
             self.services.clock.add("sample" if purpose == "train" else purpose, self.flying.end())
 

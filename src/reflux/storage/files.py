@@ -82,6 +82,11 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def size_bytes(folder: Path) -> int:
+    """The size of all files in a folder. 0 if there is no such folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to the file `path`, one JSON object per line. Numpy arrays are written as lists. NaN and
     infinity are written as null.

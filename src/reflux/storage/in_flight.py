@@ -9,7 +9,7 @@ finish "error" and no position, and are counted as errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,16 @@ class InFlight:
         # by the block and the key of the prompt
         self._places: dict[tuple[int, str], Ask] = {}
         self._consumed: list[Ask] = []
+        # the groups that are not sampled, with the last steps that may take them
+        self.recalled: Mapping[Key, int] = {}
+
+    def resume(self, positions: Positions, version: int) -> Iterable[str]:
+        """Find what can be used again. Gives sentences for the user. positions: of the checkpoint. version:
+        the policy version of its student.
+        """
+        found = self.find(positions, version)
+        self.recalled = found.recalled
+        return found.notes(positions)
 
     def begin(self, ask: Ask) -> None:
         """The attempts at this prompt begin now, with nothing of an earlier try."""
@@ -103,9 +113,7 @@ class InFlight:
         return [Attempt(_nothing(ask.prompt, sample), ask.step) for sample in range(n)]
 
     def find(self, positions: Positions, version: int) -> Found:
-        """What can be used after a resume; the rest is removed. positions: of the checkpoint. version: the
-        policy version of its student.
-        """
+        """What can be used after a resume; the rest is removed."""
         finished: dict[Key, int] = {}
         given_up: dict[Key, int] = {}
         for path, key in self._files():

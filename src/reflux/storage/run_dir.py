@@ -25,6 +25,8 @@ _MAY_DIFFER = (
     "threads",
     "evals",
     "skip_checks",
+    "health",
+    "trace",
 )
 
 # the files and folders that hold what a run has made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from reflux.config.recipe import config_hash
 from reflux.config.registry import kind_of
 from reflux.errors import RunError
 from reflux.metrics.flops import TOKENS
+from reflux.metrics.health import Period, periods
+from reflux.metrics.history import Row
 from reflux.runtime.refreshes import COUNT
 from reflux.storage import files
 
@@ -35,6 +37,7 @@ def summarise(
         "tokens_sampled_total": int(sum(totals[name] for name in TOKENS)),
         **{name: int(totals[name]) for name in TOKENS},
         **({COUNT: int(totals[COUNT])} if COUNT in totals else {}),
+        "health": _alarms(files.read_lines(folder / "metrics.jsonl"), evals),
         "flops_total": totals["flops"],
         "commit": commit(),
         "config_hash": config_hash(cfg),
@@ -42,6 +45,19 @@ def summarise(
     }
     files.write_text(folder / "summary.json", json.dumps(table, indent=2) + "\n")
     return table
+
+
+def _alarms(steps: Iterable[Row], evals: Iterable[Row]) -> dict[str, dict[str, int | None]]:
+    """Each alarm that was raised: how often, the first step at which it held, and the last one; None if it
+    still held at the end.
+    """
+    found: dict[str, list[Period]] = {}
+    for period in periods(steps, evals):
+        found.setdefault(period.name, []).append(period)
+    return {
+        name: {"times": len(each), "first_step": each[0].first, "last_step": each[-1].last}
+        for name, each in found.items()
+    }
 
 
 def saved_summary(folder: Path) -> dict[str, Any] | None:

@@ -104,15 +104,12 @@ class Teachers:
         self, scorer: TeacherScorer, missing: Mapping[str, Sequence[tuple[Attempt, TeacherPrompt]]]
     ) -> None:
         """missing: for each table the attempts that it has to score, with the prompts that it sees."""
-        answers = await scorer.score(
-            [
-                (
-                    self.opened[table][1],
-                    [TeacherRequest(a.rollout, view, self.requirements) for a, view in asked],
-                )
-                for table, asked in missing.items()
-            ]
-        )
+        requests = [
+            (self.opened[table][1], [TeacherRequest(a.rollout, view, self.requirements) for a, view in asked])
+            for table, asked in missing.items()
+        ]
+        with self.services.clock.span("teachers", " + ".join(missing)):
+            answers = await scorer.score(requests)
         for (table, asked), of_table in zip(missing.items(), answers, strict=True):
             self._store(table, asked, of_table)
 
