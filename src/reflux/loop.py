@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -100,9 +101,11 @@ def attempting(
     cfg = run.cfg
 
     async def attempt(prompt: Prompt, step: int) -> Group:
-        group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))
+        draw = replace(cfg.draw(step), completed=run.step)
+        group = await sampler.sample(prompt, cfg.group_size, draw)
         await judge(reward, group)
-        now = run.step_context(step, learner.version)
+        # A context that changes during a run is first that of the beginning, which environments have too.
+        now = replace(run.step_context(step, learner.version), completed=draw.completed)
         await teachers.score([group], now, cohort=cfg.prompts_per_step)
         # Attempts are on disk before anything else can happen to them.
         run.write(group, step)
@@ -172,6 +175,6 @@ async def open_parts(
             learner,
             sampler,
             reward,
-            Teachers(opened, context("learner").requirements, services, objective_teachers),
+            Teachers(opened, context("learner").requirements, services, objective_teachers, cfg.task.replay),
             extrapolation,
         )
