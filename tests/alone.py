@@ -127,7 +127,7 @@ async def task(part: Any, context: PartContext | None, more: Any) -> Any:
     """Its prompts of two splits, verdicts on two answers to each, and whether it opens environments."""
     prompts = [prompt for split in ("train", "validation") for prompt in islice(part.prompts(split, 5, 0), 3)]
     verdicts = [part.verify(prompt, made) for prompt in prompts for made in more["made"](prompt)]
-    return prompts, verdicts, [part.open_env(prompt) is None for prompt in prompts]
+    return prompts, verdicts, [part.open_env(prompt, 0) is None for prompt in prompts]
 
 
 _DOES: dict[str, Callable[..., Any]] = {

@@ -112,7 +112,7 @@ class Chat(TaskPart):
     def multi_turn(self) -> bool:
         return self.replies > 0
 
-    def open_env(self, prompt: Prompt) -> Environment | None:
+    def open_env(self, prompt: Prompt, step: int) -> Environment | None:
         return Talkative(self.word, self.replies) if self.replies else None
 
 
@@ -143,7 +143,7 @@ class Unruly(Chat):
     def multi_turn(self) -> bool:
         return True
 
-    def open_env(self, prompt: Prompt) -> Environment | None:
+    def open_env(self, prompt: Prompt, step: int) -> Environment | None:
         return Misbehaving(int(prompt.id.rpartition("-")[2]) % 4)
 
 
@@ -403,7 +403,7 @@ class Showing(HFSampler):
 class SlowChat(Chat):
     """The user takes 5 to 45 ms for each answer."""
 
-    def open_env(self, prompt: Prompt) -> Environment | None:
+    def open_env(self, prompt: Prompt, step: int) -> Environment | None:
         return Slow(self.word, self.replies, 0.005 + 0.01 * (int(prompt.id.rpartition("-")[2]) % 5))
 
 

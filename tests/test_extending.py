@@ -101,7 +101,7 @@ def test_hints_answer_a_wrong_word_and_pay_less_for_each() -> None:
     prompt = next(task.prompts("train", 0))
 
     async def played(*texts: str) -> list[tuple[str, bool, float | None]]:
-        environment = task.open_env(prompt)
+        environment = task.open_env(prompt, 0)
         found = [await environment.step({"role": "assistant", "content": text}) for text in texts]
         await environment.close()
         return [

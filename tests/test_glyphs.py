@@ -163,7 +163,7 @@ def test_settings_that_make_no_sense_are_refused(settings, outputs):
 
 
 def test_a_prompt_is_answered_in_one_turn():
-    assert TASK.open_env(PROMPTS[0]) is None
+    assert TASK.open_env(PROMPTS[0], 0) is None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -40,6 +40,9 @@ class Odd:
     """Does what the text says."""
     right: float = 1.0
 
+    def evidence(self, rollout):
+        return rollout.made
+
     def verify(self, prompt, made):
         print("a verifier may print")
         if not isinstance(made, str):  # as a GPU's driver does: addresses, of which none is used

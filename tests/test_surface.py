@@ -23,13 +23,13 @@ VERBS = "run plan eval report difficulty list cite doctor"
 REGISTERED = """
 samplers      hf references flow vllm teacher_samples
 teachers      flow local self vllm
-contexts      same peers privileged
+contexts      same peers privileged replay
 objectives    sampled_kl divergence nll policy_gradient velocity_kl
 credit        prefix position group_advantage release margin freshness balance
 rewards       verifier environment
 learners      flow fsdp hf
 extrapolation  extrapolate
-tasks         word_problems chains gsm8k jsonl mix glyphs
+tasks         word_problems chains shopping calculator ledger gsm8k jsonl mix glyphs
 evals         accuracy agreement foresight teacher_accuracy test_accuracy
 cluster       ray
 schedules     constant linear cosine steps
@@ -62,6 +62,7 @@ contexts.same
 contexts.peers          successes=2 failures=1 threshold=0.5 failures_when='always' feedback='no_success' peer_tokens=4096
                         strip_thinking=False
 contexts.privileged     show='answer'
+contexts.replay
 objectives.sampled_kl   teacher='main' coef=1.0 baseline='none' baseline_k=20 ratio='truncated' ratio_cap=5.0 clip=(0.2,0.2)
                         max_gap_nats=None
 objectives.divergence   teacher='main' coef=1.0 divergence='reverse' beta=None support='full' k=100 tail='bucket' tail_floor=1e-07
@@ -96,6 +97,9 @@ tasks.glyphs            domains=('digits','counts') largest_count=6 held_out=480
 tasks.jsonl             path=None dataset=None dataset_config=None dataset_split='train' keys=None validation=0.05 test=None
                         instruction='' grader='math' makes='text' route=None weight=1.0
 tasks.chains            operations=('add','sub') min_steps=8 max_steps=12 largest=30 longer=0 held_out=500 weight=1.0 largest_given=9 distractors=3
+tasks.shopping          held_out=500 delay_s=0.0 weight=1.0 min_items=2 max_items=4 largest_price=20 drift_every=0
+tasks.calculator        held_out=500 delay_s=0.0 weight=1.0 min_steps=2 max_steps=3 largest=99
+tasks.ledger            held_out=500 delay_s=0.0 weight=1.0 min_entries=7 max_entries=11 largest=40
 tasks.word_problems     operations=('add','sub') min_steps=2 max_steps=3 largest=50 longer=0 held_out=500 weight=1.0
 evals.accuracy          problems=500 samples=0 k=None temperature=1.0 max_tokens=None split='validation' examples=8
 evals.agreement         prompts=128 teacher='main' bins=24 max_tokens=None split='validation'

@@ -28,7 +28,7 @@ class Hinted(Backwards):
     def multi_turn(self) -> bool:
         return True
 
-    def open_env(self, prompt: Prompt) -> Environment:
+    def open_env(self, prompt: Prompt, step: int) -> Environment:
         if prompt.answer is None:
             raise ValueError(f"prompt {prompt.id} has no answer, so there are no hints")
         return Hints(prompt.answer, self.hints)

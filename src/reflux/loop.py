@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -103,6 +104,9 @@ def attempting(
     cfg = run.cfg
 
     async def attempt(ask: Ask) -> Group:
+        draw = replace(cfg.draw(ask.step, ask.cohort), completed=run.step)
+        # A context that changes during a run is first that of the beginning, which environments have too.
+        now = replace(run.step_context(ask.step, learner.version), completed=draw.completed)
         span = partial(run.services.clock.span, "groups", step=ask.step + 1, group=ask.prompt.key)
         with span("group"):
             if ask.recalled:
@@ -110,13 +114,13 @@ def attempting(
             else:
                 run.in_flight.begin(ask)
                 with span("sample"):
-                    group = await sampler.sample(ask.prompt, cfg.group_size, cfg.draw(ask.step, ask.cohort))
+                    group = await sampler.sample(ask.prompt, cfg.group_size, draw)
                 for each in group:
                     each.asked_step = ask.step
                 with span("reward"):
                     await judge(reward, group)
             with span("teach"):
-                await teachers.score([group], run.step_context(ask.step, learner.version), ask.cohort)
+                await teachers.score([group], now, ask.cohort)
         # Attempts are on disk before anything else can happen to them.
         run.write(ask, group)
         return group
@@ -191,6 +195,6 @@ async def open_parts(
             learner,
             sampler,
             reward,
-            Teachers(opened, context("learner").requirements, services, objective_teachers),
+            Teachers(opened, context("learner").requirements, services, objective_teachers, cfg.task.replay),
             extrapolation,
         )

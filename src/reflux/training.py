@@ -125,7 +125,7 @@ class Run:
     # --- values for the loop and the parts
 
     def step_context(self, step: int | None = None, version: int = 0) -> StepContext:
-        return StepContext(self.step if step is None else step, self.seed, version)
+        return StepContext(self.step if step is None else step, self.seed, version, self.step)
 
     def context(self, name: str) -> PartContext:
         """The context of one part. name: the key of the part, such as "learner" or "evals.NAME"."""

@@ -118,7 +118,7 @@ class Table(TaskPart):
     def multi_turn(self) -> bool:
         return self._multi_turn
 
-    def open_env(self, prompt: Prompt) -> Environment | None:
+    def open_env(self, prompt: Prompt, step: int) -> Environment | None:
         environment = self.make(prompt.id)
         if environment is not None:
             self.opened.append(environment)

@@ -96,6 +96,9 @@ REWARDS: dict[str, dict[str, Any]] = {"verifier": {}}
 TASKS: dict[str, dict[str, Any]] = {
     "word_problems": {},
     "chains": {},
+    "shopping": {},
+    "calculator": {},
+    "ledger": {},
     "glyphs": {},
     "mix": {"parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "largest": 20}}},
     "gsm8k": {"path": ".", "validation": 0.5},

@@ -569,18 +569,18 @@ def test_it_renders_as_the_sampler_does(
     tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    sequence = SelfTeacherEngine._sequence
+    read = SelfTeacherEngine._read
 
-    def spy(self: Any, request: Any) -> Any:
-        found = sequence(self, request)
-        seen.append(character_tokenizer().decode(found[0][: found[1]]))
-        return found
+    def spy(self: Any, requests: Any, inputs: Any) -> Any:
+        seen.extend(character_tokenizer().decode(found.ids_L[: found.first]) for found in inputs)
+        return read(self, requests, inputs)
 
-    monkeypatch.setattr(SelfTeacherEngine, "_sequence", spy)
+    monkeypatch.setattr(SelfTeacherEngine, "_read", spy)
     tiny_run(
         "full",
         **run_settings(steps=1, teachers=table(context={"kind": "privileged"}), learner__system="be brief"),
     )
+    assert seen
     assert all(
         text.startswith("<system>be brief<user>") and text.endswith("correctly.<assistant>") for text in seen
     )

@@ -11,6 +11,7 @@ from reflux.cluster.ray import Ray
 from reflux.contexts.base import Context
 from reflux.contexts.peers import Peers
 from reflux.contexts.privileged import Privileged
+from reflux.contexts.replay import Replay
 from reflux.contexts.same import Same
 from reflux.credit.balance import Balance
 from reflux.credit.base import CreditRule
@@ -48,11 +49,14 @@ from reflux.samplers.references import References
 from reflux.samplers.teacher_samples import TeacherSamples
 from reflux.samplers.vllm import VLLM as VLLMSampler
 from reflux.tasks.base import Task
+from reflux.tasks.calculator import Calculator
 from reflux.tasks.chains import Chains
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
+from reflux.tasks.ledger import Ledger
 from reflux.tasks.mix import Mix
+from reflux.tasks.shopping import Shopping
 from reflux.tasks.word_problems import WordProblems
 from reflux.teachers.base import Teacher
 from reflux.teachers.flow import Flow as FlowTeacher
@@ -70,7 +74,7 @@ def teachers() -> list[Teacher]:
 
 
 def contexts() -> list[Context]:
-    return [Same(), Peers(), Privileged()]
+    return [Same(), Peers(), Privileged(), Replay()]
 
 
 def objectives() -> list[Objective]:
@@ -94,7 +98,8 @@ def extrapolation() -> list[Extrapolation]:
 
 
 def tasks() -> list[Task]:
-    return [WordProblems(), Chains(), Gsm8k(), Jsonl("p.jsonl"), Mix({"a": WordProblems()}), Glyphs()]
+    stories: list[Task] = [WordProblems(), Chains(), Gsm8k(), Jsonl("p.jsonl"), Mix({"a": WordProblems()})]
+    return [*stories, Shopping(), Calculator(), Ledger(), Glyphs()]
 
 
 def cluster() -> list[Cluster]:

@@ -68,8 +68,8 @@ class ShownProblem(TaskPart):
     def multi_turn(self) -> bool:
         return self.task.multi_turn
 
-    def open_env(self, prompt: Prompt) -> Environment | None:
-        return self.task.open_env(prompt)
+    def open_env(self, prompt: Prompt, step: int) -> Environment | None:
+        return self.task.open_env(prompt, step)
 
     def _ask(self, prompt: Prompt, other: Prompt) -> Prompt:
         rng = random.Random(seed_of("shown", other.id))

@@ -3,5 +3,6 @@
 CONTEXTS = {
     "same": "reflux.contexts.same:Same",
     "peers": "reflux.contexts.peers:Peers",
+    "replay": "reflux.contexts.replay:Replay",
     "privileged": "reflux.contexts.privileged:Privileged",
 }

@@ -2,7 +2,7 @@
 
 `(group, step_context) -> one TeacherPrompt or None per attempt`. None: the teacher does not score this
 attempt. The student's own tokens stay unchanged. A teacher prompt may change the messages before them, and
-the text of spans that the student did not choose.
+the replies between them, which the student did not choose.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from reflux.types import Group, Message
 
 @dataclass(frozen=True, slots=True)
 class TeacherPrompt:
-    """`messages` stand before the first student token. `spans` hold new text for later spans that the student
-    did not choose, by the position at which a span starts.
+    """`messages` stand before the first student token. `spans` hold the messages that the teacher sees in
+    place of later replies of the environment, by the position at which such a reply starts in the attempt
+    (`rollouts.replies`). The teacher's own chat template writes them.
 
     `notes` describe in numbers what the prompt shows. They are averaged into the metrics. A change of the
     notes alone does not make the teacher score again.
     """
 
     messages: tuple[Message, ...]
-    spans: dict[int, str] = field(default_factory=dict)
+    spans: dict[int, tuple[Message, ...]] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
 
 

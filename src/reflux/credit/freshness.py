@@ -14,6 +14,7 @@ from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, kind_of
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
+from reflux.contexts.replay import F_OPD
 from reflux.credit.base import CreditPart
 from reflux.metrics.values import EffectiveShare
 from reflux.models.heads import Heads
@@ -24,7 +25,6 @@ from reflux.types import Attempt, Credit, Group
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
 
-F_OPD = Paper("f_opd", "f-OPD: Freshness-Aware Asynchronous On-Policy Distillation", "2605.17862", 2026)
 # Drifts this far below 0 are rounding. A lower one is a mistake.
 ROUNDING = 1e-6
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]

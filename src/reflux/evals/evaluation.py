@@ -51,7 +51,7 @@ class Evaluation:
 
     @property
     def step_context(self) -> StepContext:
-        return StepContext(self.step, self.seed)
+        return StepContext(self.step, self.seed, completed=self.step)
 
     def draw(
         self, purpose: Purpose, *, limit: int | None = None, temperature: float = 1.0, rng: int = 0
@@ -70,6 +70,7 @@ class Evaluation:
             temperature,
             stop=self.context.generation.stop,
             rng=rng,
+            completed=self.step,
         )
 
     async def groups(

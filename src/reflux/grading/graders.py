@@ -29,9 +29,9 @@ from threading import Lock
 from typing import Any, Protocol, Self
 
 from reflux.errors import ConfigError
-from reflux.types import UNJUDGED, Attempt, Finish, Prompt, Reward
+from reflux.types import UNJUDGED, Attempt, Finish, Prompt, Reward, Rollout
 
-# the prompt, and the text or image that the student made
+# the prompt, and the text, conversation or image that is judged
 Job = tuple[Prompt, Any]
 # Time limit in seconds for a new process to import this library and the task.
 START_S = 60.0
@@ -59,6 +59,12 @@ class Judge(Protocol):
     """
 
     def verify(self, prompt: Prompt, made: Any) -> float | Reward: ...
+
+
+class AttemptJudge(Judge, Protocol):
+    """A judge that says what it judges of an attempt."""
+
+    def evidence(self, rollout: Rollout) -> Any: ...
 
 
 class Graders:
@@ -107,12 +113,13 @@ class Graders:
         )
         return [reward for part in parts for reward in part]
 
-    async def judge_attempts(self, task: Judge, attempts: Sequence[Attempt]) -> list[Reward]:
+    async def judge_attempts(self, task: AttemptJudge, attempts: Sequence[Attempt]) -> list[Reward]:
         """One reward per attempt, in order. Attempts that ended without a fault of the student (`UNJUDGED`)
         are not judged and not counted in `errors`.
         """
         whole = [attempt.rollout for attempt in attempts if attempt.rollout.finish not in UNJUDGED]
-        found = iter(await self.verify_many(task, [(rollout.prompt, rollout.made) for rollout in whole]))
+        jobs = [(rollout.prompt, task.evidence(rollout)) for rollout in whole]
+        found = iter(await self.verify_many(task, jobs))
         why = [WHY_UNJUDGED.get(attempt.rollout.finish) for attempt in attempts]
         return [Reward(None, error=error) if error else next(found) for error in why]
 

@@ -21,6 +21,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
 from reflux.types import Prompt, Reward
 
 # Limit of the address space while a text is judged, so that a text like "9^9^9^9" cannot exhaust the memory.
@@ -111,7 +113,8 @@ def _be_a_good_child(parent: int) -> None:
 
 
 def _limit_memory(made: Any) -> None:
-    """Limits the address space while a text is judged, because a text can cause any amount of work.
+    """Limits the address space while a text or a conversation is judged, because a text can cause any amount
+    of work.
 
     An image cannot. Its verifier may be a model on a GPU, whose driver reserves far more address space than
     there is memory. So an image is judged with the original limits of this process.
@@ -120,7 +123,7 @@ def _limit_memory(made: Any) -> None:
     bounded = TEXT_MEMORY_BYTES if most == resource.RLIM_INFINITY else min(TEXT_MEMORY_BYTES, most)
     with suppress(ValueError, OSError):
         # Some systems refuse this limit.
-        resource.setrlimit(resource.RLIMIT_AS, (bounded if isinstance(made, str) else most, most))
+        resource.setrlimit(resource.RLIMIT_AS, (most if isinstance(made, np.ndarray) else bounded, most))
 
 
 def _watch(parent: int) -> None:

@@ -18,7 +18,7 @@ from reflux.types import Finish, Message, Prompt
 # Characters of a tool's error text that are kept.
 _LONGEST = 500
 
-Open = Callable[[Prompt], Environment | None]
+Open = Callable[[Prompt, int], Environment | None]
 
 
 class EnvironmentCalls:
@@ -40,8 +40,8 @@ class EnvironmentCalls:
         """
         environments: list[Environment] = []
 
-        def open_env(prompt: Prompt) -> Environment | None:
-            environment = self.task.open_env(prompt)
+        def open_env(prompt: Prompt, step: int) -> Environment | None:
+            environment = self.task.open_env(prompt, step)
             if environment is None:
                 return None
             environments.append(environment)

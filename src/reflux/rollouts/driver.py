@@ -146,7 +146,9 @@ class Driver:
         if len(ids) <= limit and room >= 1:
             length = min(draw.max_positions, room)
             return [
-                Conversation(prompt, sample, ids, list(prompt.messages), length, open_env(prompt))
+                Conversation(
+                    prompt, sample, ids, list(prompt.messages), length, open_env(prompt, draw.completed)
+                )
                 for sample in range(n)
             ]
         if self.limits.long_prompts == "refuse":

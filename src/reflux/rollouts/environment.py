@@ -1,10 +1,10 @@
 """The environment of a task: the answers of tools or of a user to the student's turns.
 
-`task.open_env(prompt)` opens one environment for each attempt, or returns None if the prompt is answered in
-one turn. All environments of a cohort (the groups of one optimiser step that are requested together) are
-opened before the cohort's first turn, so opening must be fast. Slow work, such as starting a sandbox, belongs
-in the first `step`. Environments run concurrently in the event loop, so `step` must not block it. Blocking
-work belongs in `asyncio.to_thread` or in another process.
+`task.open_env(prompt, step)` opens one environment for each attempt, or returns None if the prompt is
+answered in one turn. All environments of a cohort (the groups of one optimiser step that are requested
+together) are opened before the cohort's first turn, so opening must be fast. Slow work, such as starting a
+sandbox, belongs in the first `step`. Environments run concurrently in the event loop, so `step` must not
+block it. Blocking work belongs in `asyncio.to_thread` or in another process.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Opens(Protocol):
     @property
     def multi_turn(self) -> bool: ...
 
-    def open_env(self, prompt: Prompt) -> Environment | None: ...
+    def open_env(self, prompt: Prompt, step: int) -> Environment | None: ...
 
 
 class Environment(Protocol):

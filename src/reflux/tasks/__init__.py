@@ -3,6 +3,9 @@
 TASKS = {
     "word_problems": "reflux.tasks.word_problems:WordProblems",
     "chains": "reflux.tasks.chains:Chains",
+    "shopping": "reflux.tasks.shopping:Shopping",
+    "calculator": "reflux.tasks.calculator:Calculator",
+    "ledger": "reflux.tasks.ledger:Ledger",
     "gsm8k": "reflux.tasks.gsm8k:Gsm8k",
     "jsonl": "reflux.tasks.jsonl:Jsonl",
     "mix": "reflux.tasks.mix:Mix",

@@ -112,10 +112,7 @@ class ArithmeticTask(TaskPart):
             raise ValueError(
                 f"prompt {prompt.id} has no answer to compare with; {self.kind} judges only its own prompts"
             )
-        if not isinstance(made, str) or "Answer:" not in made:
-            return 0.0
-        found = ANSWER.match(made.rpartition("Answer:")[2])
-        return float(found is not None and found[1] == prompt.answer)
+        return float(last_answer(made) == prompt.answer)
 
     def numbers(self, kind: Operation, value: int, low: int, high: int) -> tuple[int, int]:
         """The least and the greatest number with which the operation on `value` gives a result in
@@ -182,11 +179,19 @@ def apply(kind: Operation, value: int, number: int) -> int:
     return value + number if kind == "add" else value - number if kind == "sub" else value * number
 
 
-def split_of(chain: Chain) -> Split:
-    """The split of a chain, the same for every seed: a tenth of all chains is "validation", a tenth "test",
-    the rest "train".
+def last_answer(made: Any) -> str | None:
+    """The whole number after the last "Answer:" of a text; None without one, and for anything but a text."""
+    if not isinstance(made, str) or "Answer:" not in made:
+        return None
+    found = ANSWER.match(made.rpartition("Answer:")[2])
+    return None if found is None else found[1]
+
+
+def split_of(problem: object) -> Split:
+    """The split of a chain or another problem, the same for every seed: a tenth of all problems is
+    "validation", a tenth "test", the rest "train". It depends on the repr of the problem.
     """
-    tenth = seed_of(chain) % 10
+    tenth = seed_of(problem) % 10
     return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
 
 

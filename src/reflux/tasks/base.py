@@ -8,11 +8,11 @@ process that is killed when it takes too long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from reflux.config.part import Part
-from reflux.types import Prompt, Reward, Rollout
+from reflux.types import Message, Prompt, Reward, Rollout
 
 if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
@@ -55,9 +55,11 @@ class TaskPart(Part, Protocol):
         """True if `open_env` opens an environment for at least some prompts of this task."""
         return False
 
-    def open_env(self, prompt: Prompt) -> Environment | None:
+    def open_env(self, prompt: Prompt, step: int) -> Environment | None:
         """Opens the environment that answers the student's turns in one attempt. None if the prompt is
-        answered in one turn.
+        answered in one turn. step: the number of optimiser steps that were completed when the attempt began;
+        in an evaluation, when the evaluation began. An environment that changes during a run keeps the state
+        of this step until it is closed.
         """
         return None
 
@@ -66,6 +68,24 @@ class TaskPart(Part, Protocol):
         do cannot be done twice. Attempts that had begun when a run was killed are then given up.
         """
         return False
+
+    @property
+    def replays(self) -> bool:
+        """True if `replay` knows the replies of every environment that this task opens."""
+        return False
+
+    def replay(self, prompt: Prompt, turns: Sequence[Message], step: int) -> list[tuple[Message, ...]]:
+        """The messages with which an environment opened at `step` replies to each of these turns of one
+        attempt, one entry for each. It is pure and fast: it waits for nothing. The context `replay` calls it
+        if `replays` is True.
+        """
+        return []
+
+    def evidence(self, rollout: Rollout) -> Any:
+        """What `verify` judges of an attempt, its argument `made`: the text or image that the student made. A
+        task whose verdict depends on the replies returns the whole conversation, `rollout.messages`.
+        """
+        return rollout.made
 
     @property
     def judge(self) -> str | None:
@@ -106,6 +126,7 @@ class Task(TaskPart, Protocol):
         """1.0 for right, 0.0 for wrong, or a number between. A Reward can have parts too, such as {"quality":
         0.9}.
 
-        `made` is the text or the image (uint8) of the student. Raises ValueError if the prompt has no answer.
+        `made` is the text or the image (uint8) of the student, or what `evidence` returned. Raises ValueError
+        if the prompt has no answer.
         """
         ...

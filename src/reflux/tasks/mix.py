@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from reflux.config.registry import STRICT, PartOf
 from reflux.config.step_context import seed_of
 from reflux.tasks.base import Split, Task, TaskPart
-from reflux.types import Prompt, Reward, Rollout
+from reflux.types import Message, Prompt, Reward, Rollout
 
 if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
@@ -112,10 +112,21 @@ class Mix(TaskPart):
         part, inner = self._inner(prompt)
         return part.verify(inner, made)
 
-    def open_env(self, prompt: Prompt) -> Environment | None:
+    def open_env(self, prompt: Prompt, step: int) -> Environment | None:
         """The environment of the task in the mix that the prompt comes from."""
         part, inner = self._inner(prompt)
-        return part.open_env(inner)
+        return part.open_env(inner, step)
+
+    @property
+    def replays(self) -> bool:
+        return self.multi_turn and all(part.replays for part in self.parts.values() if part.multi_turn)
+
+    def replay(self, prompt: Prompt, turns: Sequence[Message], step: int) -> list[tuple[Message, ...]]:
+        part, inner = self._inner(prompt)
+        return part.replay(inner, turns, step)
+
+    def evidence(self, rollout: Rollout) -> Any:
+        return self.parts[self.part_of(rollout.prompt)].evidence(rollout)
 
     def runs_once(self, prompt: Prompt) -> bool:
         part, inner = self._inner(prompt)

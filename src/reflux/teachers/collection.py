@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reflux.config.requirements import Requirements
-from reflux.config.step_context import StepContext
+from reflux.config.step_context import Replay, StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.errors import DataError
 from reflux.runtime.cohorts import Gather
@@ -34,7 +34,7 @@ class Teachers:
 
     objective_teachers: the teacher names that objectives use. DataError for a prompt whose route none of
     these teachers serves, because the prompt would have no target for any objective. (`checks` finds this
-    beforehand if the task knows its routes.)
+    beforehand if the task knows its routes.) replay: `Task.replay` of the run's task, for contexts.
     """
 
     def __init__(
@@ -43,8 +43,10 @@ class Teachers:
         requirements: Requirements,
         services: Services,
         objective_teachers: Collection[str] = (),
+        replay: Replay | None = None,
     ):
         self.opened, self.requirements, self.services = opened, requirements, services
+        self._replay = replay
         self._served_routes = _routes(
             [
                 teacher
@@ -66,6 +68,7 @@ class Teachers:
         """
         for prompt in (group[0].rollout.prompt for group in groups if group):
             _refuse_unserved(prompt, self._served_routes)
+        step_context = replace(step_context, replay=self._replay)
         here = (
             self._score_in_cohort(groups, step_context, cohort)
             if cohort > 1

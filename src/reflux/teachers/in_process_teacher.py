@@ -25,7 +25,8 @@ from reflux.models.text import Model
 from reflux.models.text_rows import packed, padded
 from reflux.models.token_budget import TokenBudget
 from reflux.teachers.base import Teacher, TeacherRequest, alias_of
-from reflux.teachers.sequences import asked_ids, hidden_answer, read_by
+from reflux.teachers.readings import Reading, read_by
+from reflux.teachers.sequences import asked_ids, hidden_answer
 from reflux.types import TeacherAnswer
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class InProcessTeacher:
         started = time.perf_counter()
         window = self.model.context_tokens
         inputs = [read_by(self.name, request, self.renderer, window) for request in requests]
-        longest = max((len(sequence) for sequence, _ in inputs), default=0)
+        longest = max((len(reading.ids_L) for reading in inputs), default=0)
         while (answers := self._all_read(requests, inputs)) is None:
             if not self.budget.halve(longest):
                 raise ModelError(
@@ -106,11 +107,11 @@ class InProcessTeacher:
         return [replace(answers[i], seconds=seconds) for i in range(len(requests))]
 
     def _all_read(
-        self, requests: list[TeacherRequest], inputs: list[tuple[np.ndarray, int]]
+        self, requests: list[TeacherRequest], inputs: list[Reading]
     ) -> dict[int, TeacherAnswer] | None:
         """The answers by the index of the request; None if the memory of the device was exceeded."""
-        order = sorted(range(len(requests)), key=lambda i: -len(inputs[i][0]))
-        lengths = [len(inputs[i][0]) for i in order]
+        order = sorted(range(len(requests)), key=lambda i: -len(inputs[i].ids_L))
+        lengths = [len(inputs[i].ids_L) for i in order]
         answers: dict[int, TeacherAnswer] = {}
         try:
             for part in cut(lengths, lambda: self.budget.tokens, not self.padded_because):
@@ -122,21 +123,19 @@ class InProcessTeacher:
         return answers
 
     @torch.inference_mode()
-    def _read(
-        self, requests: list[TeacherRequest], inputs: list[tuple[np.ndarray, int]]
-    ) -> list[TeacherAnswer]:
-        pack, texts = not self.padded_because, [sequence for sequence, _ in inputs]
+    def _read(self, requests: list[TeacherRequest], inputs: list[Reading]) -> list[TeacherAnswer]:
+        pack, texts = not self.padded_because, [reading.ids_L for reading in inputs]
         rows = packed(texts, self.model.device) if pack else padded(texts, self.model.device)
         attending = attending_packed(self.model.net) if pack else nullcontext()
         with autocast(self.autocast, self.model.device), attending:
             h_NH = rows.states(self.model.trunk)
         states = [
-            h_NH[first + start - 1 : first + len(sequence)]
-            for first, (sequence, start) in zip(rows.starts, inputs, strict=True)
+            h_NH[start + reading.first - 1 : start + len(reading.ids_L)][reading.places]
+            for start, reading in zip(rows.starts, inputs, strict=True)
         ]
         self._refuse_nan(requests, states)
         # The last token is counted too, as in all token counts.
-        read = [len(sequence) + 1 for sequence, _ in inputs]
+        read = [len(reading.ids_L) + 1 for reading in inputs]
         return [
             replace(answer, positions_read=count)
             for answer, count in zip(self._answers(requests, states), read, strict=True)

@@ -1,4 +1,4 @@
-"""The tokens that a text teacher reads, those at which it gives log-probs, and its answer."""
+"""The tokens at which a text teacher gives log-probs, and its answer."""
 
 from __future__ import annotations
 
@@ -6,43 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reflux.errors import ModelError
-from reflux.models.chat.naming import about_prompt
-from reflux.models.chat.renderer import Renderer
 from reflux.teachers.base import TeacherRequest
 from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def read_by(
-    name: str, request: TeacherRequest, renderer: Renderer, context_tokens: int
-) -> tuple[np.ndarray, int]:
-    """The token ids that the teacher reads, and the index where the response starts. The last token is left
-    out, because no prediction after it is needed.
-
-    name: the teacher's, for errors. ModelError for a view that changes the response, and for more than
-    `context_tokens` tokens.
-    """
-    rollout, view = request.rollout, request.view
-    assert isinstance(rollout, TokenRollout)
-    prompt = rollout.prompt_tokens
-    if view.spans:
-        raise ModelError(
-            f"teachers.{name}: this context replaces text inside the response, which this teacher cannot do"
-        )
-    if view.messages != rollout.prompt.messages:
-        with about_prompt(rollout.prompt.id):
-            prompt = np.asarray(renderer.ids(view.messages), dtype=np.int64)
-    sequence = np.concatenate([prompt, rollout.tokens_T[:-1]])
-    if len(sequence) > context_tokens:
-        raise ModelError(
-            f"teachers.{name}: prompt {rollout.prompt.id} and its response take {len(sequence)} tokens, but "
-            f"the model's context window holds {context_tokens}. Lower sampler.max_tokens or "
-            "sampler.max_prompt_tokens, or shorten the teacher's context."
-        )
-    return sequence, len(prompt)
 
 
 def listed_by_student(request: TeacherRequest) -> np.ndarray | None:

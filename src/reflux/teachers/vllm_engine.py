@@ -26,8 +26,9 @@ from reflux.runtime.timers import Overlapping
 from reflux.runtime.together import together
 from reflux.teachers.answer_cache import AnswerCache, Arrays
 from reflux.teachers.base import TeacherRequest, alias_of
+from reflux.teachers.readings import Reading, read_by
 from reflux.teachers.replicas import Replicas
-from reflux.teachers.sequences import asked_ids, hidden_answer, listed_by_student, read_by
+from reflux.teachers.sequences import asked_ids, hidden_answer, listed_by_student
 from reflux.teachers.served import Asked, needed, refuse_broken, refuse_flat, refuse_foreign_head, scored
 from reflux.types import GivenTarget, SampledTarget, TeacherAnswer, TokenRollout, TopKTarget
 
@@ -114,22 +115,22 @@ class VLLMTeacher:
         self._scoring.begin()
         try:
             answers = await together(
-                self._answer(request, sequence, first)
-                for request, (sequence, first) in zip(requests, texts, strict=True)
+                self._answer(request, reading) for request, reading in zip(requests, texts, strict=True)
             )
         finally:
             seconds = self._scoring.end() / max(1, len(requests))
         return [replace(answer, seconds=seconds) for answer in answers]
 
-    async def _answer(self, request: TeacherRequest, sequence: np.ndarray, first: int) -> TeacherAnswer:
+    async def _answer(self, request: TeacherRequest, reading: Reading) -> TeacherAnswer:
         rollout = request.rollout
         assert isinstance(rollout, TokenRollout)
-        ids = [*sequence.tolist(), int(rollout.tokens_T[-1])]
+        ids = [*reading.ids_L.tolist(), int(rollout.tokens_T[-1])]
         # Only these ids are part of the request, and so of its name in the cache.
-        asked_TK = asked_ids(request) if self.cfg.gives == "student_topk" else None
+        asked_TK = reading.spread(asked_ids(request)) if self.cfg.gives == "student_topk" else None
         self.asked += 1
         try:
-            arrays, read = await self._arrays(ids, first, asked_TK)
+            answered, read = await self._arrays(ids, reading.first, asked_TK)
+            arrays = {name: values[reading.places] for name, values in answered.items()}
             return replace(await self._target(request, arrays), positions_read=read)
         except ServerError as error:
             self.failed += 1

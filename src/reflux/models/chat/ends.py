@@ -49,7 +49,7 @@ def template_ends(tokenizer: Any, arguments: Mapping[str, Any] | None = None) ->
         return tuple(dict.fromkeys(i for ends in named for i in ends))
     _, found, after = _answered(ChatTemplate(tokenizer, arguments)).partition(MARKER)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
-    special = _special(tokenizer)
+    special = declared_special(tokenizer)
     closing = list(itertools.takewhile(lambda i: i in special, ids))
     return (tokenizer.eos_token_id,) if tokenizer.eos_token_id in closing else tuple(closing[:1])
 
@@ -82,10 +82,10 @@ def special_ids(tokenizer: Any, ends: Collection[int]) -> frozenset[int]:
     Added tokens that are not declared special, such as <think> in some families, are text and not among these
     ids.
     """
-    return frozenset(_special(tokenizer) - set(ends))
+    return frozenset(declared_special(tokenizer) - set(ends))
 
 
-def _special(tokenizer: Any) -> set[int]:
+def declared_special(tokenizer: Any) -> set[int]:
     """The ids that are special by their own declaration or by their part, such as the begin token. The first
     alone holds for tokens that only `tokenizer.json` declares.
     """
