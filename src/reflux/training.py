@@ -101,7 +101,7 @@ class Run:
         # Missing files and invalid data raise an error before anything is written. The folders of models
         # come first, because data may have to be downloaded.
         checks.inputs(cfg)
-        prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)
+        prompts = cfg.sampler.training_prompts(cfg, step * cfg.prompts_per_step)
         run_dir.make(options.out)
         run = cls(cfg, requirements, options, step, prompts)
         with ExitStack() as undo:
