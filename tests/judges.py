@@ -10,3 +10,8 @@ def moody(asked: Prompt, text: str) -> float:
     if asked.id == "q3":
         raise ValueError("no verdict on this one")
     return float(sum(map(ord, text)) % 3 == 0)
+
+
+def shortness(asked: Prompt, text: str) -> float:
+    """Differs between attempts of an untrained model."""
+    return 1 / (1 + len(text))

@@ -21,12 +21,12 @@ from reflux.config.registry import kinds, part
 VERBS = "run plan eval report difficulty list cite doctor"
 
 REGISTERED = """
-samplers      hf references flow vllm teacher_samples
+samplers      hf references imported flow vllm teacher_samples
 teachers      flow local self vllm
 contexts      same peers privileged replay
 objectives    sampled_kl divergence nll policy_gradient velocity_kl
 credit        prefix position group_advantage release margin freshness balance
-rewards       verifier environment
+rewards       verifier environment recorded
 learners      flow fsdp hf
 extrapolation  extrapolate
 tasks         word_problems chains shopping calculator ledger gsm8k jsonl mix glyphs
@@ -47,6 +47,7 @@ samplers.vllm           max_tokens=512 train_max_tokens=None temperature=1.0 top
                         python=None transfer='file' weights_folder=None context_tokens=0 concurrency=256 timeout_s=600.0
                         start_timeout_s=900.0 restarts=3 sleep_level=1 gpu_memory=0.9 cache_gib=1.0 lora_rank=0 arguments=()
 samplers.references     generate
+samplers.imported       path generate prompt_tokens='rendered'
 samplers.flow           steps=10 noise_level=0.7 guidance=1.0 eval_steps=40 max_denoising_steps=None pixels=0 batch_images=64 dtype='auto'
                         device='auto'
 samplers.teacher_samples generate positions=10
@@ -80,6 +81,7 @@ credit.freshness        teacher='main' k=100 alpha=1.0 beta=1.0 floor=0.05 lag_p
 credit.release          k=4 min_segments=8 min_side=3 min_gain=0.0 segments='sentences' rescale=True candidates='behaviour' teacher='main'
 rewards.verifier        timeout_s=10.0 workers=1 weight=1.0
 rewards.environment     weight=1.0
+rewards.recorded        weight=1.0
 extrapolation.extrapolate
                         tries=5 prompts=50 samples=1 accept='better' rescore_incumbent=False score='accuracy' teacher='main'
                         max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')

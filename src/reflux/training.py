@@ -105,7 +105,7 @@ class Run:
         # come first, because data may have to be downloaded.
         checks.inputs(cfg)
         positions = run_dir.positions(options.out) if options.resume else Positions.after(0)
-        prompts = cfg.task.prompts("train", cfg.seed, positions.first * cfg.prompts_per_step)
+        prompts = cfg.sampler.training_prompts(cfg, positions.first * cfg.prompts_per_step)
         run_dir.make(options.out)
         run = cls(cfg, requirements, options, positions, prompts)
         with ExitStack() as undo:

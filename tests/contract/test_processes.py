@@ -5,6 +5,7 @@ give the same bits.
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import pickle
 from collections.abc import Iterator
@@ -77,11 +78,23 @@ def images(number: int = 2) -> list[Prompt]:
     return [Prompt(f"p{i}", ({"role": "user", "content": tiny_flow.TEXTS[1 + i]},)) for i in range(number)]
 
 
+def attempts(folder: Path) -> str:
+    """A file with two attempts at each of the first prompts."""
+    lines = [
+        json.dumps({"prompt_id": prompt.id, "response_ids": [9, 9 + i, 1], "logprobs": [-1, -2, -0.5]})
+        for prompt in texts()
+        for i in range(2)
+    ]
+    (folder / "attempts.jsonl").write_text("\n".join(lines))
+    return str(folder / "attempts.jsonl")
+
+
 # Each shipped part with what it needs to be opened; a part that is added to a registry and not here fails the
 # test of its group.
 SAMPLERS: dict[str, dict[str, Any]] = {
     "hf": {"max_tokens": 8},
     "references": {"generate": {"kind": "hf", "max_tokens": 8}},
+    "imported": {"path": "attempts.jsonl", "generate": {"kind": "hf", "max_tokens": 8}},
     "flow": {"steps": 4, "eval_steps": 3},
     "vllm": {"max_tokens": 8},
     "teacher_samples": {"generate": {"kind": "flow", "steps": 4, "eval_steps": 3}, "positions": 3},
@@ -130,7 +143,8 @@ def test_samplers(
 ) -> None:
     # Each of both processes starts a server of its own.
     server = {"python": fake_python(tmp_path).path} if kind == "vllm" else {}
-    part = build("samplers", {"kind": kind, **SAMPLERS[kind], **server}, "sampler")
+    stored = {"path": attempts(tmp_path)} if kind == "imported" else {}
+    part = build("samplers", {"kind": kind, **SAMPLERS[kind], **server, **stored}, "sampler")
     teachers = (
         {"main": build("teachers", {"kind": "flow", "model": flows["teacher"]}, "teachers.main")}
         if kind == "teacher_samples"
@@ -139,6 +153,9 @@ def test_samplers(
     flow = kind in ("flow", "teacher_samples")
     weights = published(tiny_flow.model(5).net if flow else tiny.net(5, lift=1.5))
     context = told(kind, student, flows, name="sampler", teachers=teachers, folder=tmp_path / "part")
+    # The sampler `imported` knows from these which attempts belong to the step.
+    sizes = dataclasses.replace(context.numbers, prompts_per_step=2, group_size=2)
+    context = dataclasses.replace(context, numbers=sizes)
     before, after = same_bits(
         elsewhere, "sampler", part, context, {"prompts": images() if flow else texts(), "weights": weights}
     )

@@ -41,10 +41,12 @@ from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.rewards.base import RewardFn
 from reflux.rewards.environment_reward import EnvironmentReward
+from reflux.rewards.recorded import RecordedReward
 from reflux.rewards.verifier import Verifier
 from reflux.samplers.base import Sampler
 from reflux.samplers.flow import Flow as FlowSampler
 from reflux.samplers.hf import HF as HFSampler
+from reflux.samplers.imported import Imported
 from reflux.samplers.references import References
 from reflux.samplers.teacher_samples import TeacherSamples
 from reflux.samplers.vllm import VLLM as VLLMSampler
@@ -66,7 +68,14 @@ from reflux.teachers.vllm import VLLM as VLLMTeacher
 
 
 def samplers() -> list[Sampler]:
-    return [HFSampler(), References(), FlowSampler(), TeacherSamples(), VLLMSampler()]
+    return [
+        HFSampler(),
+        References(),
+        Imported("attempts.jsonl"),
+        FlowSampler(),
+        TeacherSamples(),
+        VLLMSampler(),
+    ]
 
 
 def teachers() -> list[Teacher]:
@@ -86,7 +95,7 @@ def credit() -> list[CreditRule]:
 
 
 def rewards() -> list[RewardFn]:
-    return [Verifier(), EnvironmentReward()]
+    return [Verifier(), EnvironmentReward(), RecordedReward()]
 
 
 def learners() -> list[Learner]:

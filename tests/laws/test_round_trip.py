@@ -61,6 +61,7 @@ PARTS: dict[tuple[str, str], dict[str, Any]] = {
     ("credit", "prefix"): {"length": 4},
     ("credit", "position"): {"weight": 0.5},
     ("cluster", "ray"): {"samplers": 2, "teachers": {"main": 1}},
+    ("samplers", "imported"): {"path": "attempts.jsonl"},
     ("tasks", "jsonl"): {"path": "lines.jsonl"},
     ("tasks", "mix"): {
         "parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "longer": 2, "weight": 2.0}}

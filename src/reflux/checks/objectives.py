@@ -23,6 +23,7 @@ _OFFERED = {
 def problems(cfg: RunConfig) -> Iterator[str]:
     for index, objective in enumerate(cfg.objectives):
         yield from _objective(cfg, f"objectives[{index}]", objective)
+        yield from _without_lists(cfg, f"objectives[{index}]", objective)
     yield from _variance(cfg)
 
 
@@ -43,11 +44,26 @@ def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str
         )
 
 
+def _without_lists(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
+    """Only a sampler that samples from the student records lists of its most likely tokens."""
+    if cfg.sampler.on_policy or cfg.sampler.rollouts is FlowRollout:
+        return
+    if (objective.requirements | _listed(cfg, objective)).behaviour:
+        yield (
+            f"{where}: {_called(objective)} with the teacher '{objective.teacher}' needs the most likely "
+            "tokens of the policy that sampled, and the attempts of sampler "
+            f"'{kind_of('samplers', cfg.sampler)}' have no such lists. Use a local teacher."
+        )
+
+
 def listed(cfg: RunConfig) -> Iterator[Requirements]:
     """What objectives require besides, because their teacher does not offer the full distribution."""
-    for objective in cfg.objectives:
-        if objective.teacher is not None and HiddenTarget not in offered(cfg, objective.teacher):
-            yield objective.listed
+    return (_listed(cfg, objective) for objective in cfg.objectives)
+
+
+def _listed(cfg: RunConfig, objective: Objective) -> Requirements:
+    known = objective.teacher is None or HiddenTarget in offered(cfg, objective.teacher)
+    return Requirements() if known else objective.listed
 
 
 def _called(objective: Objective) -> str:

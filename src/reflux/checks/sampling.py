@@ -44,7 +44,7 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
         )
     for index, objective in enumerate(cfg.objectives):
         name = f"objectives[{index}]: {kind_of('objectives', objective)}"
-        if objective.takes_advantage_offset and not sampler.on_policy:
+        if objective.takes_advantage_offset and not (sampler.on_policy or sampler.recorded_logp):
             yield (
                 f"{name} needs attempts that the student sampled, but the attempts of sampler '{kind}' "
                 "come from elsewhere. "

@@ -13,11 +13,13 @@ from reflux.types import Prompt
 
 
 def stored(cfg: RunConfig) -> None:
-    """DataError if the sampler trains on references and a training prompt has none, or if a part takes the
-    verdicts of a grader that compares with stored answers, and none of the prompts has an answer.
+    """DataError if the sampler trains on references and a training prompt has none, if it reads attempts that
+    this run cannot train on, or if a part takes the verdicts of a grader that compares with stored answers,
+    and none of the prompts has an answer.
     """
     if cfg.sampler.reads_references:
         _refuse_unreferenced(_trained(cfg))
+    cfg.sampler.check_stored(cfg)
     if cfg.task.judge not in COMPARES:
         return
     for name, evaluation in cfg.evals.items():

@@ -15,7 +15,7 @@ from reflux.config.requirements import Requirements
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import above_cap, check_ratio, truncated_ratio
-from reflux.objectives.ratio_rules import idle, ratio_papers
+from reflux.objectives.ratio_rules import idle, off_policy, ratio_papers
 from reflux.objectives.sampled_kl import check_coef
 from reflux.types import GivenTarget, HiddenTarget, Target, TopKTarget
 
@@ -129,10 +129,10 @@ class Divergence(ObjectivePart):
             yield DISTILLM
         if self.divergence == "tv":
             yield FDISTILL
-        yield from ratio_papers(self.ratio, cfg.max_staleness)
+        yield from ratio_papers(self.ratio, cfg)
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        if self.ratio != "none" and not cfg.sampler.on_policy:
+        if self.ratio != "none" and not (cfg.sampler.on_policy or cfg.sampler.recorded_logp):
             yield (
                 f'{where}: {kind_of("objectives", self)} with ratio = "{self.ratio}" divides by the '
                 "probability with which the sampler drew a token, but sampler "
@@ -151,7 +151,7 @@ class Divergence(ObjectivePart):
                 f'{where}: tail = "renormalised" drops the mass outside the list, so the optimum moves; '
                 'tail = "bucket" keeps it.'
             )
-        if self.ratio != "none" and not cfg.max_staleness:
+        if self.ratio != "none" and not off_policy(cfg):
             yield (
                 f'{where}: ratio = "{self.ratio}" at max_staleness = 0 is 1 up to rounding; ratio = "none" '
                 "gives the same cost with less computation."

@@ -49,7 +49,7 @@ class PolicyGradient(ObjectivePart):
         check_ratio(self.clip)
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
-        return ratio_papers(self.ratio, cfg.max_staleness)
+        return ratio_papers(self.ratio, cfg)
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         return under_lag(where, kind_of("objectives", self), self.ratio, "clip", cfg)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from reflux.config.papers import Paper
+from reflux.config.registry import kind_of
 from reflux.objectives.ratio import Ratio
 
 if TYPE_CHECKING:
@@ -28,21 +29,35 @@ IMPALA = Paper(
 )
 
 
-def ratio_papers(ratio: Ratio, max_staleness: int) -> Iterator[Paper]:
-    """The papers of an objective's setting `ratio`: that of clipping at any staleness, and that of truncation
-    only if max_staleness > 0, because at 0 nothing is truncated.
+def off_policy(cfg: RunConfig) -> bool:
+    """True if attempts may have been sampled by another policy than the current student, with log-probs that
+    a ratio can divide by: at max_staleness > 0, and with attempts that were made elsewhere.
+    """
+    return cfg.max_staleness > 0 or (cfg.sampler.recorded_logp and not cfg.sampler.on_policy)
+
+
+def ratio_papers(ratio: Ratio, cfg: RunConfig) -> Iterator[Paper]:
+    """The papers of an objective's setting `ratio`: that of clipping in any run, and that of truncation only
+    if attempts may be off-policy, because otherwise nothing is truncated.
     """
     if ratio == "clip":
         yield PPO
-    if ratio == "truncated" and max_staleness:
+    if ratio == "truncated" and off_policy(cfg):
         yield IMPALA
 
 
 def under_lag(where: str, kind: str, ratio: Ratio, usual: Ratio, cfg: RunConfig) -> Iterator[str]:
-    """A refusal if max_staleness > 0 and a sampled objective uses no ratio. where: the path of the objective
-    in the recipe. kind: the objective's kind. usual: the ratio that the text recommends.
+    """A refusal if attempts may be off-policy and a sampled objective uses no ratio. where: the path of the
+    objective in the recipe. kind: the objective's kind. usual: the ratio that the text recommends.
     """
-    if cfg.max_staleness and ratio == "none":
+    if ratio != "none" or not off_policy(cfg):
+        return
+    if not cfg.sampler.on_policy:
+        yield (
+            f'{where}: {kind} with ratio = "none" is biased on attempts that another policy sampled, as '
+            f"those of sampler '{kind_of('samplers', cfg.sampler)}'. Use ratio = \"{usual}\"."
+        )
+    else:
         yield (
             f'{where}: {kind} with ratio = "none" is biased on attempts of an older student, and '
             f'max_staleness is {cfg.max_staleness}. Use ratio = "{usual}".'

@@ -119,7 +119,7 @@ class SampledKL(ObjectivePart):
         }
         if self.baseline in of_baseline:
             yield of_baseline[self.baseline]
-        yield from ratio_papers(self.ratio, cfg.max_staleness)
+        yield from ratio_papers(self.ratio, cfg)
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         yield from under_lag(where, kind_of("objectives", self), self.ratio, "truncated", cfg)

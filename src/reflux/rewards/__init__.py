@@ -3,4 +3,5 @@
 REWARDS = {
     "verifier": "reflux.rewards.verifier:Verifier",
     "environment": "reflux.rewards.environment_reward:EnvironmentReward",
+    "recorded": "reflux.rewards.recorded:RecordedReward",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from reflux.config.part import Part
 from reflux.types import Group, Reward
@@ -27,6 +27,9 @@ class OpenReward(Protocol):
 
 class RewardPart(Part, Protocol):
     """The base class of rewards."""
+
+    # True if the reward is the one that the sampler gave with the attempt
+    reads_recorded: ClassVar[bool] = False
 
 
 class RewardFn(RewardPart, Protocol):

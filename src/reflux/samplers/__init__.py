@@ -3,6 +3,7 @@
 SAMPLERS = {
     "hf": "reflux.samplers.hf:HF",
     "references": "reflux.samplers.references:References",
+    "imported": "reflux.samplers.imported:Imported",
     "flow": "reflux.samplers.flow:Flow",
     "vllm": "reflux.samplers.vllm:VLLM",
     "teacher_samples": "reflux.samplers.teacher_samples:TeacherSamples",

@@ -8,6 +8,7 @@ depends only on the weights, on (run seed, purpose, step, prompt id, sample, tur
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -19,6 +20,7 @@ from reflux.types import Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from reflux.config.context import Generation, PartContext
+    from reflux.config.recipe import RunConfig
     from reflux.runtime.services import Services
     from reflux.runtime.weights import Weights
 
@@ -40,6 +42,11 @@ class SamplerPart(Part, Protocol):
     asks_teachers: ClassVar[bool] = False
     # True if every training prompt must have `references`
     reads_references: ClassVar[bool] = False
+    # True if training attempts that the current student did not sample have the log-probs with which they
+    # were sampled. Objectives then correct for the other policy by a ratio.
+    recorded_logp: ClassVar[bool] = False
+    # True if attempts may come with a reward, for the reward `recorded`
+    brings_rewards: ClassVar[bool] = False
 
     @property
     def precision(self) -> str:
@@ -67,6 +74,17 @@ class SamplerPart(Part, Protocol):
     def server_memory(self) -> str:
         """The memory that a server of this sampler takes on this machine, in words; "" without one."""
         return ""
+
+    def training_prompts(self, cfg: RunConfig, start: int) -> Iterator[Prompt]:
+        """The endless stream of training prompts from position `start` on: those of the task, unless the
+        sampler has attempts at other ones.
+        """
+        return cfg.task.prompts("train", cfg.seed, start)
+
+    def check_stored(self, cfg: RunConfig) -> None:
+        """Check the attempts that the sampler reads from files, without loading weights. DataError, with the
+        file and the line, if the run cannot train on one of them.
+        """
 
     def decoding(self, opened: Any) -> tuple[bool, str] | None:
         """How the model decodes, and before it True if a GPU waits for the host at each operation; None where

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
@@ -49,9 +48,6 @@ class References(WrappingSampler):
 
     # The sampler for evaluations.
     generate: Annotated[Sampler, PartOf("samplers", default="hf")] = HF()
-
-    def draw(self, step: int) -> SamplingParams:
-        return replace(self.generate.draw(step), temperature=1.0, top_p=1.0)
 
     @asynccontextmanager
     async def _opened(self, context: PartContext, services: Services) -> AsyncIterator[OpenReferences]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reflux.config.context import Generation
+from reflux.config.step_context import SamplingParams
 from reflux.samplers.base import Sampler, SamplerPart
 
 if TYPE_CHECKING:
@@ -22,6 +24,10 @@ class WrappingSampler(SamplerPart, Protocol):
     @property
     def _inner(self) -> Sampler:
         return self.generate
+
+    def draw(self, step: int) -> SamplingParams:
+        """As the inner sampler, with temperature 1 and top-p 1, because the student does not sample."""
+        return replace(self._inner.draw(step), temperature=1.0, top_p=1.0)
 
     @property
     def evaluation_positions(self) -> int:

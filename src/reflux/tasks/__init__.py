@@ -9,5 +9,6 @@ TASKS = {
     "gsm8k": "reflux.tasks.gsm8k:Gsm8k",
     "jsonl": "reflux.tasks.jsonl:Jsonl",
     "mix": "reflux.tasks.mix:Mix",
+    "verifiers": "reflux.tasks.verifiers:Verifiers",
     "glyphs": "reflux.tasks.glyphs:Glyphs",
 }

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from reflux.config.json_rows import NOTHING, Line, of_array, of_lines
 from reflux.errors import DataError
-from reflux.tasks.json_rows import NOTHING, Line, of_array, of_lines
 
 # the endings of compressed files, and their names in pyarrow
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from reflux.config.importable import importable, lacks
+from reflux.config.json_rows import Line
+from reflux.config.line_fields import messages_of, references_of, text_of, value_of
 from reflux.config.registry import STRICT, did_you_mean, load
 from reflux.errors import DataError
 from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.data_file import read_file
-from reflux.tasks.json_rows import Line
-from reflux.tasks.line_fields import messages_of, references_of, text_of, value_of
 from reflux.tasks.lines import check_columns, endless, held_out, hub_lines, make_prompts
 from reflux.types import FlowRollout, Prompt, Reward, Rollout, TokenRollout
 

@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from reflux.config.json_rows import NOTHING, Line
+from reflux.config.line_fields import names_in, value_of
 from reflux.config.registry import did_you_mean
 from reflux.config.step_context import seed_of
 from reflux.errors import DataError
-from reflux.tasks.json_rows import NOTHING, Line
-from reflux.tasks.line_fields import names_in, value_of
 from reflux.types import Prompt
 
 # the endings that `reflux difficulty` appends to the ids of copies

@@ -23,7 +23,7 @@ def of_lines(content: bytes, where: str) -> list[Line]:
         "" if content.endswith((b"\n", b"\r")) else " It is the last line, and the file may be cut off there."
     )
     return [
-        (number, _object(row, f"{where} line {number}", cut if number == len(rows) else ""))
+        (number, object_of(row, f"{where} line {number}", cut if number == len(rows) else ""))
         for number, row in enumerate(rows, start=1)
         if row.strip()
     ]
@@ -38,7 +38,10 @@ def of_array(content: bytes, where: str) -> list[Line]:
     return list(enumerate(rows, start=1))
 
 
-def _object(row: bytes, where: str, cut: str) -> dict[str, Any]:
+def object_of(row: bytes, where: str, cut: str = "") -> dict[str, Any]:
+    """The JSON object in one line of a file. where: the file and the line, for errors. cut: a sentence that
+    is added to the error of a line that is not JSON.
+    """
     fields = _parsed(row, where, f" {_LAYOUT}{cut}")
     if not isinstance(fields, dict):
         raise DataError(f"{where} is JSON but not an object; {NOTHING}. {_LAYOUT}")
