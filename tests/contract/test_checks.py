@@ -42,6 +42,16 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         "learner.lr is -1 at step 0: it would move the student away from its teacher.",
     ),
     "a negative rate of a flow": ("flow", {"learner.lr": -1.0}, "learner.lr is -1 at step 0"),
+    "more in advance than may be stale": (
+        "opd",
+        {"max_staleness": 1, "ahead": 2, "objectives.0.ratio": "truncated"},
+        "ahead = 2 asks for attempts more steps in advance than max_staleness = 1 allows. Lower ahead",
+    ),
+    "a run that overlaps and must repeat": (
+        "full",
+        {"max_staleness": 1, "deterministic": True},
+        "with max_staleness = 1 the weights of a sampled token depend on timing",
+    ),
     "an empty stop text": ("opd", {"sampler.stop": ["\n\n", ""]}, "sampler: stop has an empty text"),
     "train_max_tokens 0": (
         "opd",

@@ -168,7 +168,7 @@ def test_verdicts_on_texts_are_refused_where_an_environment_judges(monkeypatch: 
     assert Verifiers("json", turns=True).multi_turn
     assert not Verifiers("json", turns=True).judges
     assert Verifiers("json").judges
-    assert Verifiers("json").open_env(Prompt("a", ())) is None
+    assert Verifiers("json").open_env(Prompt("a", ()), 0) is None
     with pytest.raises(ValueError, match="only the environment judges"):
         Verifiers("json", turns=True).verify(Prompt("a", ()), "2")
 
@@ -273,7 +273,7 @@ def episode(task: Verifiers, prompt: Prompt, turns: list[str]) -> list[Any]:
     """What the environment answers to these turns, and at last what the episode gives."""
 
     async def play() -> list[Any]:
-        environment, found = task.open_env(prompt), []
+        environment, found = task.open_env(prompt, 0), []
         assert environment is not None
         try:
             for text in turns:

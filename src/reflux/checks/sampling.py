@@ -12,11 +12,26 @@ from reflux.types import FlowRollout, TokenRollout
 def problems(cfg: RunConfig) -> Iterator[str]:
     yield from _lengths(cfg)
     yield from _sampling(cfg)
+    yield from _overlap(cfg)
     if cfg.deterministic and not cfg.sampler.exact_rng:
         yield (
             "deterministic = true requires a run that repeats bit for bit, but sampler "
             f"'{kind_of('samplers', cfg.sampler)}' with these settings depends on timing. "
             'Use kind "hf" with turns = "together", or remove deterministic.'
+        )
+
+
+def _overlap(cfg: RunConfig) -> Iterator[str]:
+    if cfg.steps_ahead > cfg.max_staleness:
+        yield (
+            f"ahead = {cfg.ahead} asks for attempts more steps in advance than max_staleness = "
+            f"{cfg.max_staleness} allows. Lower ahead, or raise max_staleness."
+        )
+    if cfg.deterministic and cfg.max_staleness:
+        yield (
+            "deterministic = true requires a run that repeats bit for bit, but with max_staleness = "
+            f"{cfg.max_staleness} the weights of a sampled token depend on timing. Use max_staleness = 0, or "
+            "remove deterministic."
         )
 
 

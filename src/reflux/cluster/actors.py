@@ -77,7 +77,9 @@ class PartActor(Actor):
         super().__init__(gpus)
         self.part, self.context = part, context
         self.listener = NoteBuffer()
-        self.services = Services(context.student, listener=self.listener)
+        # With staleness, new weights and further work arrive during a model call.
+        overlap = context.numbers.max_staleness > 0
+        self.services = Services(context.student, overlap=overlap, parties=1, listener=self.listener)
         self.opened: Any = None
         self._ending = asyncio.Event()
         self._holding: asyncio.Task[None] | None = None

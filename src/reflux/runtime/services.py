@@ -49,6 +49,7 @@ class Services:
 
     student: the model whose tokenizer is used. overlap: True if sampling runs at the same time as learning
     (staleness above 0) or as environments. Model work then runs in other threads than the event loop.
+    parties: the number of these threads, which share the cores.
     listener: receives notes for the user. append(name, row): adds a line to the file `name` in the run
     directory. Lines whose `step` is after the checkpoint are removed when the run is resumed.
     """
@@ -58,6 +59,7 @@ class Services:
         student: StudentSpec,
         *,
         overlap: bool = False,
+        parties: int = 2,
         listener: Listener | None = None,
         append: Append = _unwritten,
     ):
@@ -69,7 +71,7 @@ class Services:
         self._told: set[str] = set()
         self._lendings = itertools.count(1)
         self._closing = ExitStack()
-        self._threads = self._closing.enter_context(_model_threads()) if overlap else None
+        self._threads = self._closing.enter_context(_model_threads(parties)) if overlap else None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -132,8 +134,8 @@ class Services:
         self.clock.close()
 
 
-def _model_threads() -> ThreadPoolExecutor:
-    """A pool of two threads, each with half of the cores."""
+def _model_threads(count: int) -> ThreadPoolExecutor:
+    """A pool of threads, each with an equal part of the cores."""
     from reflux.models.text import share_cores
 
-    return ThreadPoolExecutor(2, "reflux-model", share_cores, (2,))
+    return ThreadPoolExecutor(count, "reflux-model", share_cores, (count,))

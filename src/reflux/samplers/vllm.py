@@ -107,6 +107,11 @@ class VLLM(TextSampler):
                 f'{where}: mode = "colocated" shares a device by turns, so nothing may be sampled while the '
                 "student learns. Set max_staleness = 0, or use another mode."
             )
+        if cfg.order == "strict" and cfg.max_staleness:
+            yield (
+                f'{where}: order = "strict" lets weights change between the groups of two steps only, and a '
+                'server takes new weights between two tokens. Use order = "ready".'
+            )
         if self.lora_rank and cfg.learner.trains_all:
             yield (
                 f"{where}: lora_rank = {self.lora_rank} is for a LoRA student, and the learner trains all "
