@@ -1,5 +1,5 @@
-"""The command line: run, plan, eval, report, difficulty, serve-oracle, list, cite, doctor. Each command imports
-the large libraries that it needs, so the others start fast.
+"""The command line: run, plan, eval, report, difficulty, serve-oracle, list, cite, doctor. Each command
+imports the large libraries that it needs, so the others start fast.
 """
 
 from __future__ import annotations

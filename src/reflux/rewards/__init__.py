@@ -3,4 +3,6 @@
 REWARDS = {
     "verifier": "reflux.rewards.verifier:Verifier",
     "environment": "reflux.rewards.environment_reward:EnvironmentReward",
+    "rubric": "reflux.rewards.rubric:RubricReward",
+    "judge": "reflux.rewards.judge:JudgeReward",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def prompt_text(name: str, path: str | None) -> str:
     return text
 
 
-def filled(text: str, entries: dict[str, Sequence[Marked]], numbers: dict[str, int]) -> str:
+def filled(text: str, entries: Mapping[str, Sequence[Marked]], numbers: dict[str, int]) -> str:
     """A prompt with its texts, each between markers with one tag for the whole prompt. Values are inserted
     and never read as a template.
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from reflux.config.recipe import config_hash
 from reflux.config.registry import kind_of
 from reflux.errors import RunError
-from reflux.metrics.flops import TOKENS
+from reflux.metrics.flops import CHAT, TOKENS
 from reflux.runtime.refreshes import COUNT
 from reflux.storage import files
 
@@ -36,12 +36,23 @@ def summarise(
         **{name: int(totals[name]) for name in TOKENS},
         **({COUNT: int(totals[COUNT])} if COUNT in totals else {}),
         "flops_total": totals["flops"],
+        **chat_totals(totals),
         "commit": commit(),
         "config_hash": config_hash(cfg),
         "seed": cfg.seed,
     }
     files.write_text(folder / "summary.json", json.dumps(table, indent=2) + "\n")
     return table
+
+
+def chat_totals(totals: Mapping[str, float]) -> dict[str, dict[str, dict[str, float]]]:
+    """The requests to chat servers, their tokens and costs by role; empty if there were none."""
+    found: dict[str, dict[str, float]] = {}
+    for key, count in sorted(totals.items()):
+        if key.startswith(CHAT):
+            role, _, name = key.removeprefix(CHAT).partition(".")
+            found.setdefault(role, {})[name] = count
+    return {"chat": found} if found else {}
 
 
 def saved_summary(folder: Path) -> dict[str, Any] | None:
