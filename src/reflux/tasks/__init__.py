@@ -5,6 +5,7 @@ TASKS = {
     "chains": "reflux.tasks.chains:Chains",
     "gsm8k": "reflux.tasks.gsm8k:Gsm8k",
     "jsonl": "reflux.tasks.jsonl:Jsonl",
+    "answered": "reflux.tasks.answered:Answered",
     "mix": "reflux.tasks.mix:Mix",
     "glyphs": "reflux.tasks.glyphs:Glyphs",
 }

@@ -16,6 +16,7 @@ from reflux.types import Prompt, Reward, Rollout
 
 if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
+    from reflux.tasks.answer_index import StoredAnswers
 
 Split = Literal["train", "validation", "test"]
 # The default of `patience`: two blocks of a mix.
@@ -83,6 +84,11 @@ class TaskPart(Part, Protocol):
 
     def solve(self, problem: str) -> Solution | None:
         """The solution of a problem, from its text alone. None if the text is no problem of this task."""
+        return None
+
+    @property
+    def stored_answers(self) -> StoredAnswers | None:
+        """The file with a teacher's answers to the training prompts; None if the task reads none."""
         return None
 
     def part_of(self, prompt: Prompt) -> str | None:
