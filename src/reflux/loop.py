@@ -20,7 +20,7 @@ from reflux.learners.base import OpenLearner
 from reflux.learners.learning import learn, observe
 from reflux.loss.step import StepRequest
 from reflux.models.torch_settings import crowding, prepare_torch
-from reflux.rewards.base import OpenReward, judge
+from reflux.rewards.base import OpenReward, judge, refuse_unjudged
 from reflux.rewards.weighted import open_rewards
 from reflux.runtime.pipeline import Ask, Attempting, Pipeline
 from reflux.runtime.services import Services
@@ -62,6 +62,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             await run.evaluate(learner, sampler, teachers, extrapolation)
         async with aclosing(pipeline(run, attempting(run, learner, sampler, reward, teachers))) as stream:
             async for groups in Waiting(stream, run.services.clock):
+                refuse_unjudged(groups, cfg.rewards)
                 now = run.step_context(version=learner.version)
                 # Teachers answer again only where an answer is missing or the context has changed.
                 await teachers.score_again(groups, now)

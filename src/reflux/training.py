@@ -170,9 +170,9 @@ class Run:
         # of the policy that was trained on these attempts, before the step
         version = learner.version - int(updates or 0) - jumped
         ran = Ran(learner.macs, result.forward_positions, result.backward_positions)
-        tables, macs, clock = teachers.tables, teachers.macs, self.services.clock
+        tables, macs = teachers.tables, teachers.macs
         metrics = step_metrics(
-            result.stats, ran, groups, version, tables, macs, clock, discarded, scored, on_policy
+            result.stats, ran, groups, version, tables, macs, self.services, discarded, scored, on_policy
         )
         files.append_lines(
             self.dir / attempt_log.NAME,

@@ -19,6 +19,12 @@ def stored(cfg: RunConfig) -> None:
     """
     if cfg.sampler.reads_references:
         _refuse_unreferenced(_trained(cfg))
+    elif cfg.task.stored_answers is not None:
+        # Reading them finds a prompt without answers.
+        _trained(cfg)
+    for name, reward in cfg.rewards.items():
+        if reward.references_needed:
+            _refuse_few_references(f"rewards.{name}", reward.references_needed, _trained(cfg))
     cfg.sampler.check_stored(cfg)
     if cfg.task.judge not in COMPARES:
         return
@@ -35,7 +41,8 @@ def stored(cfg: RunConfig) -> None:
 def _trained(cfg: RunConfig) -> list[Prompt]:
     """The different prompts that the run trains on. Of a task that always makes new ones, the first."""
     count = max(1, cfg.steps * cfg.prompts_per_step)
-    return training_prompts(cfg.task, cfg.seed, count if cfg.task.ends else min(count, FIRST))[0]
+    whole = cfg.task.ends or cfg.task.stored_answers is not None
+    return training_prompts(cfg.task, cfg.seed, count if whole else min(count, FIRST))[0]
 
 
 def _refuse_unreferenced(prompts: Sequence[Prompt]) -> None:
@@ -44,6 +51,16 @@ def _refuse_unreferenced(prompts: Sequence[Prompt]) -> None:
             f"the sampler trains on the references of the prompts, and {len(without)} of {len(prompts)} "
             f"training prompts have none (the first is {without[0]}). Name their column, for example "
             'task.keys = {references = "completion"}, or leave these prompts out.'
+        )
+
+
+def _refuse_few_references(where: str, needed: int, prompts: Sequence[Prompt]) -> None:
+    if few := [prompt for prompt in prompts if len(prompt.references) < needed]:
+        raise DataError(
+            f"{where} needs {needed} answers of the teacher to each prompt, and {len(few)} of {len(prompts)} "
+            f"training prompts have fewer: {few[0].id} has {len(few[0].references)}. Set a teacher that is "
+            f"asked during the run, {where}.teacher, or store answers with `reflux answers`, or lower "
+            f"{where}.references."
         )
 
 

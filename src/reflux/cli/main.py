@@ -1,5 +1,5 @@
-"""The command line: run, plan, eval, report, difficulty, list, cite, doctor. Each command imports the large
-libraries that it needs, so the others start fast.
+"""The command line: run, plan, eval, report, difficulty, answers, serve-oracle, list, cite, doctor.
+Each command imports the large libraries that it needs, so the others start fast.
 """
 
 from __future__ import annotations
@@ -150,6 +150,35 @@ def difficulty(
     from reflux.cli.difficulty import balance_prompts
 
     balance_prompts(recipe, overrides or [], samples, prompts, (temperature, top_p), cap, out)
+
+
+@app.command()
+def answers(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=0, help="Number of prompts; by default all of the run.")
+    ] = 0,
+) -> None:
+    """Ask a teacher once for answers to the training prompts of a recipe with the task `answered`."""
+    from reflux.cli.answers import fill_answers
+
+    fill_answers(recipe, overrides or [], prompts)
+
+
+@app.command("serve-oracle")
+def serve_oracle_(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings, as key=value, for example faults.busy=0.2 task.kind=chains."),
+    ] = None,
+    host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free port.")] = 8008,
+) -> None:
+    """Serve the rules of an arithmetic task over OpenAI's chat protocol, in place of a language model."""
+    from reflux.cli.oracle import serve_oracle
+
+    serve_oracle(settings or [], host, port)
 
 
 @app.callback(invoke_without_command=True)

@@ -16,6 +16,7 @@ GROUPS = {
     "tasks": "reflux.tasks:TASKS",
     "evals": "reflux.evals:EVALS",
     "cluster": "reflux.cluster:CLUSTERS",
+    "endpoints": "reflux.engines.endpoints:ENDPOINTS",
     "schedules": "reflux.config.schedules:SCHEDULES",
 }
 
@@ -33,6 +34,7 @@ BASES = {
     "tasks": "reflux.tasks.base:TaskPart",
     "evals": "reflux.evals.base:EvalPart",
     "cluster": "reflux.cluster.base:ClusterPart",
+    "endpoints": "reflux.engines.endpoints.base:ChatEndpoint",
 }
 
 
@@ -49,4 +51,5 @@ PROTOCOLS = {
     "tasks": "reflux.tasks.base:Task",
     "evals": "reflux.evals.base:Eval",
     "cluster": "reflux.cluster.base:Cluster",
+    "endpoints": "reflux.engines.endpoints.base:Endpoint",
 }

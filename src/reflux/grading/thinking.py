@@ -19,6 +19,15 @@ HARMONY = re.compile(r"analysis(?=[A-Z])")
 SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>|</?s>", re.IGNORECASE)
 
 
+def after_thinking(text: str) -> str:
+    """The text after the last tag that ends thinking. The whole text if nothing but space follows it, or if
+    there is no such tag.
+    """
+    ends = [tag.end() for tag in TAG.finditer(text) if tag.lastindex is not None]
+    shown = text[ends[-1] :].strip() if ends else ""
+    return shown or text
+
+
 def without_thinking(text: str) -> str:
     """The text outside of thinking. Empty if thinking was opened and not closed.
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from reflux.types import Attempt, Group
 
+# the beginning of the keys under which the use of chat servers is added up
+CHAT = "chat."
 # keys in metrics.jsonl: tokens of a step's attempts, tokens of extrapolation's scorings, discarded tokens
 TOKENS = ("tokens_sampled", "tokens_scored", "tokens_discarded")
 
@@ -90,10 +92,16 @@ def _place(group: Group) -> tuple[int, str]:
 
 
 def add_up(totals: dict[str, float], metrics: Mapping[str, Any]) -> None:
-    """Add the tokens and FLOP in the metrics of one step to `totals`, the sums of the run."""
+    """Add the tokens, the FLOP and the use of chat servers in the metrics of one step to `totals`, the sums
+    of the run.
+    """
     for name in TOKENS:
         totals[name] += metrics.get(name, 0)
     totals["flops"] += sum(metrics["flops"].values())
+    for role, counts in metrics.get("chat", {}).items():
+        for name, count in counts.items():
+            key = f"{CHAT}{role}.{name}"
+            totals[key] = totals.get(key, 0) + count
 
 
 def flops(learner: Ran, teacher_macs: Mapping[str, int], work: Work) -> dict[str, float]:

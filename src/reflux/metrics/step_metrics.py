@@ -11,11 +11,11 @@ import numpy as np
 from reflux.metrics.flops import Ran, Work, flops
 from reflux.metrics.teacher_distance import generated_kl, sampled_entropy, teacher_nats, trained_kl
 from reflux.metrics.values import Mean, Stats, merge
-from reflux.runtime.timers import Clock
 from reflux.types import Attempt, Credit, Finish, Group
 
 if TYPE_CHECKING:
     from reflux.metrics.flops import Spent
+    from reflux.runtime.services import Services
 
 
 # the learner's numbers that `step_metrics` puts in a place of their own
@@ -29,7 +29,7 @@ def step_metrics(
     version: int,
     tables: Mapping[str, str],
     teacher_macs: Mapping[str, int],
-    clock: Clock,
+    services: Services,
     discarded: Work,
     scored: Spent | None,
     on_policy: bool,
@@ -39,7 +39,8 @@ def step_metrics(
     stats: the learner's numbers. ran: the positions that the learner ran. groups: the attempts of the step.
     version: of the policy before this step. tables: the alias of each teacher, by the teacher's key in the
     recipe (NAME of `[teachers.NAME]`). teacher_macs: multiply-accumulates of one position, by the same key.
-    clock: the seconds by kind of work ("sample", "teach", "learn", ...). discarded: computation for attempts
+    services: their clock has the seconds by kind of work ("sample", "teach", "learn", ...), and their usage
+    the requests to chat servers since the last step. discarded: computation for attempts
     of this step that were discarded and sampled again. scored: the cost of scoring weights for extrapolation
     since the last step; None if none were scored. on_policy: True if the student sampled the attempts.
     """
@@ -69,7 +70,8 @@ def step_metrics(
         **_by_teacher(live, by_table, tables),
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
-        "seconds": clock.take(),
+        "seconds": services.clock.take(),
+        **({"chat": chat} if (chat := services.usage.take()) else {}),
         "flops": flops(ran, teacher_macs, everything),
         "credit": _credit(live),
         "context": _context(live),

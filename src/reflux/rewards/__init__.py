@@ -4,4 +4,6 @@ REWARDS = {
     "verifier": "reflux.rewards.verifier:Verifier",
     "environment": "reflux.rewards.environment_reward:EnvironmentReward",
     "recorded": "reflux.rewards.recorded:RecordedReward",
+    "rubric": "reflux.rewards.rubric:RubricReward",
+    "judge": "reflux.rewards.judge:JudgeReward",
 }

@@ -7,12 +7,14 @@ judged", not "wrong".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from reflux.config.part import Part
-from reflux.types import Group, Reward
+from reflux.errors import ServerError
+from reflux.types import UNJUDGED, Group, Reward
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -26,7 +28,17 @@ class OpenReward(Protocol):
 
 
 class RewardPart(Part, Protocol):
-    """The base class of rewards."""
+    """The base class of rewards, with the defaults of optional members."""
+
+    @property
+    def failures_allowed(self) -> float:
+        """The run stops if no attempt has a value in a larger share of the groups of a step."""
+        return 1.0
+
+    @property
+    def references_needed(self) -> int:
+        """The number of `references` that every prompt must have."""
+        return 0
 
     # True if the reward is the one that the sampler gave with the attempt
     reads_recorded: ClassVar[bool] = False
@@ -60,6 +72,27 @@ def unlike_threshold(where: str, threshold: float, rewards: Mapping[str, RewardF
         yield (
             f"{where}.threshold = {threshold:g} is compared with the sum {terms}. Set it to the least sum "
             "that counts as success."
+        )
+
+
+def refuse_unjudged(groups: Sequence[Group], rewards: Mapping[str, RewardFn]) -> None:
+    """ServerError, with the reasons, if more of a step's groups have no value than the rewards allow. An
+    attempt that ended without a fault of the student does not count.
+    """
+    if not rewards:
+        return
+    allowed = min(reward.failures_allowed for reward in rewards.values())
+    reasons: Counter[str] = Counter()
+    for group in groups:
+        judged = [attempt for attempt in group if attempt.rollout.finish not in UNJUDGED]
+        if judged and all(attempt.verdict is None for attempt in judged):
+            found = judged[0].reward
+            reasons[(found and found.error) or "no verdict was given"] += 1
+    if reasons.total() > allowed * len(groups):
+        listed = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common())
+        raise ServerError(
+            f"{reasons.total()} of the {len(groups)} groups of this step could not be judged, and "
+            f"max_failed_share allows {allowed:g} of them. The reasons:\n{listed}"
         )
 
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from reflux.clients.usage import Usage
 from reflux.models.heads import Heads
 from reflux.models.shared_cache import SharedCache
 from reflux.runtime.timers import Clock
@@ -65,6 +66,8 @@ class Services:
     ):
         self.student, self.listener, self.append = student, listener or Deaf(), append
         self.clock = Clock()
+        # requests to chat servers, their tokens and costs
+        self.usage = Usage()
         self.shared = SharedCache()
         # output heads of the models in this process, by the key `HiddenTarget.head`
         self.heads = Heads()

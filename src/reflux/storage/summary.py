@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from reflux.config.recipe import config_hash
 from reflux.config.registry import kind_of
 from reflux.errors import RunError
-from reflux.metrics.flops import TOKENS
+from reflux.metrics.flops import CHAT, TOKENS
 from reflux.metrics.health import Period, periods
 from reflux.metrics.history import Row
 from reflux.runtime.refreshes import COUNT
@@ -39,6 +39,7 @@ def summarise(
         **({COUNT: int(totals[COUNT])} if COUNT in totals else {}),
         "health": _alarms(files.read_lines(folder / "metrics.jsonl"), evals),
         "flops_total": totals["flops"],
+        **chat_totals(totals),
         "commit": commit(),
         "config_hash": config_hash(cfg),
         "seed": cfg.seed,
@@ -58,6 +59,16 @@ def _alarms(steps: Iterable[Row], evals: Iterable[Row]) -> dict[str, dict[str, i
         name: {"times": len(each), "first_step": each[0].first, "last_step": each[-1].last}
         for name, each in found.items()
     }
+
+
+def chat_totals(totals: Mapping[str, float]) -> dict[str, dict[str, dict[str, float]]]:
+    """The requests to chat servers, their tokens and costs by role; empty if there were none."""
+    found: dict[str, dict[str, float]] = {}
+    for key, count in sorted(totals.items()):
+        if key.startswith(CHAT):
+            role, _, name = key.removeprefix(CHAT).partition(".")
+            found.setdefault(role, {})[name] = count
+    return {"chat": found} if found else {}
 
 
 def saved_summary(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ TASKS = {
     "ledger": "reflux.tasks.ledger:Ledger",
     "gsm8k": "reflux.tasks.gsm8k:Gsm8k",
     "jsonl": "reflux.tasks.jsonl:Jsonl",
+    "answered": "reflux.tasks.answered:Answered",
     "mix": "reflux.tasks.mix:Mix",
     "verifiers": "reflux.tasks.verifiers:Verifiers",
     "glyphs": "reflux.tasks.glyphs:Glyphs",

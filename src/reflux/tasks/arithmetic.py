@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
 from reflux.config.step_context import seed_of
-from reflux.tasks.base import Split, TaskPart
+from reflux.tasks.base import Solution, Split, TaskPart
 from reflux.types import Prompt, Rollout, TokenRollout
 
 Operation = Literal["add", "sub", "mul"]
@@ -123,6 +123,23 @@ class ArithmeticTask(TaskPart):
         if kind == "sub":
             return max(1, value - high), value - low
         return max(2, -(-low // value)), min(LARGEST_FACTOR, high // value)
+
+    @property
+    def solves(self) -> bool:
+        return True
+
+    def solve(self, problem: str) -> Solution | None:
+        found = self.read(problem)
+        if found is None:
+            return None
+        (value, steps), worked = found
+        for kind, number in steps:
+            value = apply(kind, value, number)
+        return Solution(worked, str(value), tuple((SIGNS[kind], number) for kind, number in steps))
+
+    @abstractmethod
+    def read(self, problem: str) -> tuple[Chain, str] | None:
+        """(chain, worked solution) of a problem that `tell` has told; None for any other text."""
 
     @abstractmethod
     def tell(self, chain: Chain, rng: random.Random) -> tuple[str, str, int]:

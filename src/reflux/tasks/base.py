@@ -9,19 +9,29 @@ process that is killed when it takes too long.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from reflux.config.part import Part
 from reflux.types import Message, Prompt, Reward, Rollout
 
 if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
+    from reflux.tasks.answer_index import StoredAnswers
 
 Split = Literal["train", "validation", "test"]
 # The default of `patience`: two blocks of a mix.
 PATIENCE = 2000
 # The remedy in messages about a task that judges nothing.
 JUDGED = 'Use a grader that judges, such as task.grader = "my_module:function"'
+
+
+class Solution(NamedTuple):
+    """The solution of one problem by the task's own rules."""
+
+    worked: str
+    answer: str
+    # the operations that the solution needs, each with the number that it applies
+    steps: tuple[tuple[str, int], ...]
 
 
 class TaskPart(Part, Protocol):
@@ -91,6 +101,20 @@ class TaskPart(Part, Protocol):
     def judge(self) -> str | None:
         """The grader with which the task `jsonl` judges these prompts as this task does. None if there is no
         such grader. A subclass with another verifier must override it."""
+        return None
+
+    @property
+    def solves(self) -> bool:
+        """True if `solve` solves the problems of this task."""
+        return False
+
+    def solve(self, problem: str) -> Solution | None:
+        """The solution of a problem, from its text alone. None if the text is no problem of this task."""
+        return None
+
+    @property
+    def stored_answers(self) -> StoredAnswers | None:
+        """The file with a teacher's answers to the training prompts; None if the task reads none."""
         return None
 
     def part_of(self, prompt: Prompt) -> str | None:

@@ -10,6 +10,7 @@ A wrong quantity in the plan makes every later sentence compute something that w
 from __future__ import annotations
 
 import random
+import re
 from itertools import pairwise
 from string import ascii_uppercase as LETTERS
 from typing import Annotated, ClassVar
@@ -23,6 +24,7 @@ from reflux.tasks.base import Split
 
 # A number that is added, subtracted or multiplied by has one digit.
 LARGEST_NUMBER = 9
+FACT = re.compile(r"([A-Z])(?:([0-9]+)|([a-z])([0-9]+)([+*-]))\.$")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -80,6 +82,24 @@ class Chains(ArithmeticTask):
             told.append(f"{fact}={start}{SIGNS[kind]}{number}={value}.")
         plan = [f"{fact}." for fact in (*later[::-1], first)]
         return " ".join([*plan, "So", *told, f"Answer: {value}"])
+
+    def read(self, problem: str) -> tuple[Chain, str] | None:
+        *facts, question = problem.split() or [""]
+        found = [FACT.match(fact) for fact in facts]
+        told = {fact[1]: fact for fact in found if fact is not None}
+        name = question.removesuffix("?")
+        path: list[str] = []
+        while name in told and name not in path:
+            path.insert(0, name)
+            name = (told[name][3] or "").upper()
+        if not path or name or len(told) != len(facts) or not question.endswith("?"):
+            return None
+        signs: dict[str, Operation] = {sign: kind for kind, sign in SIGNS.items()}
+        chain: Chain = (
+            int(told[path[0]][2]),
+            tuple((signs[told[name][5]], int(told[name][4])) for name in path[1:]),
+        )
+        return chain, self.worked(path, chain)
 
     def numbers(self, kind: Operation, value: int, low: int, high: int) -> tuple[int, int]:
         least, most = super().numbers(kind, value, low, high)

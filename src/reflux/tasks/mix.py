@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT, PartOf
 from reflux.config.step_context import seed_of
-from reflux.tasks.base import Split, Task, TaskPart
+from reflux.tasks.base import Solution, Split, Task, TaskPart
 from reflux.types import Message, Prompt, Reward, Rollout
 
 if TYPE_CHECKING:
@@ -86,6 +86,15 @@ class Mix(TaskPart):
     def judge(self) -> str | None:
         found = {part.judge for part in self.parts.values()}
         return found.pop() if len(found) == 1 else None
+
+    @property
+    def solves(self) -> bool:
+        return all(part.solves for part in self.parts.values())
+
+    def solve(self, problem: str) -> Solution | None:
+        """The solution by the first task in the mix that can read the problem."""
+        found = (part.solve(problem) for part in self.parts.values())
+        return next((solution for solution in found if solution is not None), None)
 
     @property
     def rollouts(self) -> type[Rollout]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import sys
 from collections.abc import Sequence
 from typing import ClassVar
@@ -58,6 +59,8 @@ WORDS: dict[Operation, tuple[str, ...]] = {
     "sub": ("Loses {}.", "Sells {}.", "Drops {}.", "Gives {}."),
     "mul": ("Grows {} fold.", "Now {} times.", "Makes {} lots."),
 }
+BEGINNING = re.compile(rf"(?:{'|'.join(NAMES)}) has ([0-9]+) (?:{'|'.join(THINGS)})\.$")
+NUMBER = re.compile(r"(?<![0-9])[0-9]+(?![0-9])")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -72,13 +75,40 @@ class WordProblems(ArithmeticTask):
     def tell(self, chain: Chain, rng: random.Random) -> tuple[str, str, int]:
         value, steps = chain
         story = [f"{rng.choice(NAMES)} has {value} {rng.choice(THINGS)}."]
-        solution = [f"Start: {value}."]
         for kind, number in steps:
-            after = apply(kind, value, number)
+            value = apply(kind, value, number)
             story.append(rng.choice(WORDS[kind]).format(number))
-            solution.append(f"{value}{SIGNS[kind]}{number}={after}.")
-            value = after
-        return " ".join([*story, "How many?"]), " ".join([*solution, f"Answer: {value}"]), value
+        return " ".join([*story, "How many?"]), worked(chain), value
+
+    def read(self, problem: str) -> tuple[Chain, str] | None:
+        first, *sentences = re.split(r"(?<=\.) ", problem.strip())
+        begun = BEGINNING.match(first)
+        steps = [_step(sentence) for sentence in sentences[:-1]]
+        if begun is None or not sentences or sentences[-1] != "How many?" or None in steps:
+            return None
+        chain: Chain = int(begun[1]), tuple(step for step in steps if step is not None)
+        return chain, worked(chain)
+
+
+def worked(chain: Chain) -> str:
+    """The worked solution of a chain."""
+    value, steps = chain
+    solution = [f"Start: {value}."]
+    for kind, number in steps:
+        after = apply(kind, value, number)
+        solution.append(f"{value}{SIGNS[kind]}{number}={after}.")
+        value = after
+    return " ".join([*solution, f"Answer: {value}"])
+
+
+def _step(sentence: str) -> tuple[Operation, int] | None:
+    """The operation that a sentence of a story tells."""
+    told = NUMBER.sub("{}", sentence)
+    found = NUMBER.search(sentence)
+    for kind, words in WORDS.items():
+        if found is not None and told in words:
+            return kind, int(found[0])
+    return None
 
 
 def write_lines(arguments: Sequence[str]) -> None:
