@@ -379,3 +379,17 @@ def test_the_two_distances_of_training_are_two_lines_that_say_what_they_are_of()
     alone = kl_chart(one, [])
     assert {label for label, _, _ in alone.rows} == {"training attempts, trained positions"}
     assert "every generated position" not in alone.caption
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({}, ""),
+        ({"version": 4}, "policy version 4"),
+        ({"version": 4, "versions": [4, 4, 6]}, "policy versions 4 to 6"),
+        ({"version": 4, "versions": ["<b>", None]}, "policy version 4"),
+        ({"version": "<i>"}, "policy version <i>"),
+    ],
+)
+def test_the_policy_versions_of_an_attempt(row: dict[str, Any], said: str) -> None:
+    assert policy(row) == said

@@ -274,6 +274,33 @@ def test_replies_are_masked_out_and_have_no_log_prob() -> None:
     assert r.behaviour is None
 
 
+def test_each_position_carries_its_version_and_the_attempt_the_oldest() -> None:
+    """Where the weights change between turns and within one. What was read again for it is counted."""
+
+    def write(text: str, number: int) -> Turn:
+        made = say("abc" if number == 1 else "d", version=number + 4)
+        # the second of four tokens is the first one of version 7
+        return (
+            replace(made, version_T=np.array([5, 7, 7, 7]))
+            if number == 1
+            else replace(made, version_T=np.array([7, 8]))
+        )
+
+    (r,) = play(
+        Script(write), Table(lambda name: Tool(lambda step, message: user("hm") if step == 1 else DONE))
+    )
+    assert r.version == 5
+    assert r.version_T is not None
+    # a reply carries the version of the turn before it
+    assert r.version_T.tolist() == [5, 7, 7, 7, 7, 7, 7, 7, 7, 8]
+    assert r.version_T.dtype == np.int64
+    prompt_tokens, first, second = 3, 3 + 4, 3 + 8 + 2
+    # a turn reads all before it; a change after n of its tokens reads that and the n tokens again
+    assert r.positions_acted == first + second + (prompt_tokens + 1) + (prompt_tokens + 8 + 1)
+    (plain,) = play(Script(lambda text, number: say("abc", version=9)), Table(lambda name: None))
+    assert (plain.version, plain.version_T, plain.positions_acted) == (9, None, 3 + 4)
+
+
 def test_listed_tokens_and_spans_know_which_positions_are_the_students() -> None:
     script = Script(lambda text, number: say("ab" if number == 1 else "c", k=3))
     table = Table(lambda name: Tool(lambda step, message: user("hm") if step == 1 else DONE))

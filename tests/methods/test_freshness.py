@@ -151,6 +151,17 @@ def test_the_drift_of_the_rollout_is_the_mean_kl_of_the_student_now_from_the_one
     assert drift != pytest.approx((q * np.log(q / p)).sum(1)[mask].mean(), rel=1e-2)
 
 
+@pytest.mark.parametrize("drift", ["exact", "sampled"])
+def test_a_position_of_the_current_version_has_no_drift_and_the_lag_is_that_of_the_oldest(drift: Any) -> None:
+    then, now = logp(1, 4), logp(2, 4)
+    rule, version_T = Freshness(floor=0.0, drift=drift), np.array([3, 4, 5, 5])
+    mixed = share(rule, attempt(then, now, [0, 1, 2, 3], version_T=version_T), 5)
+    old = share(rule, attempt(then[:2], now[:2], [0, 1]), 5)
+    # the mean over all four positions, two of which are exactly 0
+    assert mixed.notes["rollout_drift"] == pytest.approx(old.notes["rollout_drift"] / 2, rel=1e-6)
+    assert (mixed.notes["lag"], old.notes["lag"]) == (2, 2)
+
+
 def test_at_lag_0_there_is_no_drift_by_definition_and_nothing_is_observed() -> None:
     credit = share(Freshness(floor=0.25), attempt(logp(1, 2), None, [0, 1]), 3)
     assert credit.weight_T == 0.75

@@ -10,7 +10,7 @@ from reflux.reports.reading import items, number
 from reflux.reports.strips import Image, parts_of, picture_in
 from reflux.reports.tokens import level
 from reflux.reports.units import NONE, signed
-from reflux.reports.views import absent_because, title_of, unjudged
+from reflux.reports.views import absent_because, policy, title_of, unjudged
 
 RATIO = "log q − log p, nats"
 # the largest number of steps that are shown
@@ -80,7 +80,7 @@ def _facts(shown: ShownAttempt) -> list[str]:
         "" if noise is None else f"noise level {noise:g}",
         "" if guidance in (None, 1.0) else f"guidance {guidance:g}",
         f"finish: {words(acted['finish'])}" if acted.get("finish") else "",
-        f"policy version {words(acted['version'])}" if acted.get("version") is not None else "",
+        policy(acted),
     ]
     return [fact for fact in facts if fact]
 

@@ -30,19 +30,28 @@ class AttemptView:
     missing: str
 
 
+def policy(acted: Row) -> str:
+    """The policy version of an attempt, or the first and last one if the weights changed within it."""
+    version, versions = acted.get("version"), [number(each) for each in items(acted.get("versions"))]
+    known = [each for each in versions if each is not None]
+    if known:
+        return f"policy versions {min(known):g} to {max(known):g}"
+    return "" if version is None else f"policy version {words(version)}"
+
+
 def view(shown: ShownAttempt, tokenizer: Tokenizer | None) -> AttemptView:
     """The attempt with its tokens if there is a tokenizer, else with its text."""
     acted = shown.acted
     ids = items(acted.get("tokens"))
     tokens = shown_tokens(shown, tokenizer) if tokenizer is not None and ids else ([], [], 0)
     text, left_out = shortened(words(acted.get("text")), CHARACTERS)
-    version, finish = acted.get("version"), acted.get("finish")
+    finish = acted.get("finish")
     facts = [
         f"{len(ids):,} tokens" if ids else "",
         "" if shown.reward is None else f"reward {shown.reward:.3g}",
         unjudged(acted),
         f"finish: {words(finish)}" if finish else "",
-        f"policy version {words(version)}" if version is not None else "",
+        policy(acted),
     ]
     return AttemptView(
         title=title_of(acted),
