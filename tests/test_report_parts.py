@@ -8,6 +8,7 @@ import json
 import math
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,6 +24,7 @@ from reflux.reports.reading import number, rows
 from reflux.reports.searches import read_searches, search_charts
 from reflux.reports.tables import before_after, before_after_text
 from reflux.reports.tokens import EDGES_NATS, level, pieces, shown_tokens
+from reflux.reports.views import policy
 from synthetic_run import attempt_rows, summary, write_lines
 
 # --- reading
