@@ -4,6 +4,7 @@ be.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from itertools import islice
@@ -15,12 +16,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import reflux
 from played import TOKENIZER, played
 from reflux.assets import folder, make, tool_models
 from reflux.assets.characters import CHARACTERS, SPECIALS, character_tokenizer
 from reflux.assets.text_models import IGNORED, blank, train
 from reflux.assets.tool_lessons import FAULTY, FIRST_STEP, encoded, lesson, tool_lessons
 from reflux.assets.tool_models import TASKS, TOOL_SPECS, ToolSpec, attempts, encode
+from reflux.config.recipe import load_recipe
 from reflux.tasks.calculator import Calculator
 from reflux.tasks.ledger import Ledger
 from reflux.tasks.shopping import Shopping
@@ -192,3 +195,40 @@ def again(name: str) -> dict[str, Any]:
 
     with patch.object(tool_models, "PROBLEMS", 90):
         return asyncio.run(tool_models.examined(folder(name)))
+
+
+# --- the recipe
+
+
+def test_the_recipe_runs_with_the_pair_and_its_teacher_is_asked_again(tmp_path: Path) -> None:
+    """Three steps, and prices that change at each. At staleness 2 all attempts of these steps begin before the
+    first one is completed.
+    """
+    changes = {
+        "steps": 3,
+        "prompts_per_step": 6,
+        "threads": 1,
+        "task.parts.shopping.drift_every": 1,
+        "refresh": "none",
+        **{f"evals.{name}": "none" for name in load_recipe("tools").evals},
+    }
+    reflux.run("tools", changes, out=tmp_path / "run")
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("metrics", "attempts")
+    }
+    first, *later = (row["credit"]["freshness"] for row in rows["metrics"])
+    assert first["supervision_drift"] == 0
+    assert all(row["supervision_drift"] > 0.1 for row in later)
+    assert [row["aligned"] for row in (first, *later)] == [1, 1, 1]
+    asked = [row for row in rows["attempts"] if row["kind"] == "attempt"]
+    assert len(asked) == 18
+    for row in asked:
+        assert row["text"].count("\n") >= 1
+        assert not all(row["mask"])
+    drifted = {
+        row["prompt"].partition("/")[0]
+        for row in rows["attempts"]
+        if row["kind"] == "learned" and row["credit"]["freshness"]["supervision_drift"] > 0
+    }
+    assert drifted == {"shopping"}

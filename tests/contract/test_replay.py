@@ -359,9 +359,8 @@ def test_environments_are_opened_at_the_completed_steps(
         eval_every=2,
     )
     assert [step for split, step in opened if split == "validation"] == [0, 2, 4]
-    assert [step for split, step in opened if split == "train"] == [
-        max(0, s - max_staleness) for s in range(4)
-    ]
+    begun = [max(0, step - max_staleness) for step in range(4)]
+    assert [step for split, step in opened if split == "train"] == begun
 
 
 def test_an_attempt_is_scored_first_as_of_the_moment_when_it_began() -> None:
@@ -381,9 +380,10 @@ def test_an_attempt_is_scored_first_as_of_the_moment_when_it_began() -> None:
     def step_context(step: int, version: int) -> StepContext:
         return StepContext(step, 0, version, run.step)
 
-    cfg = SimpleNamespace(
-        group_size=1, prompts_per_step=1, draw=lambda step: SamplingParams(step, "train", 9)
-    )
+    def draw(step: int) -> SamplingParams:
+        return SamplingParams(step, "train", 9)
+
+    cfg = SimpleNamespace(group_size=1, prompts_per_step=1, draw=draw)
     run: Any = SimpleNamespace(cfg=cfg, step=3, step_context=step_context, write=lambda *_: None)
     learner: Any = SimpleNamespace(version=7)
     attempt = attempting(run, learner, Sampler(), None, Answers())  # type: ignore[arg-type]

@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         if name in glyph_models.FLOW_SPECS:
             report = glyph_models.make(glyph_models.FLOW_SPECS[name], out)
         elif name in tool_models.TOOL_SPECS:
-            report = tool_models.make(tool_models.TOOL_SPECS[name], tokenizer, out)
+            report = tool_models.make(tool_models.TOOL_SPECS[name], out)
         else:
             model = cold_start(SPECS[name], tokenizer)
             report = measure(model, tokenizer, SPECS[name])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reflux.assets.characters import character_tokenizer
 from reflux.assets.specs import ModelSpec
 from reflux.assets.store import save
 from reflux.assets.text_models import IGNORED, blank, train
@@ -68,8 +69,9 @@ TOOL_SPECS = {
 }
 
 
-def make(spec: ToolSpec, tokenizer: Any, out: Path) -> list[str]:
+def make(spec: ToolSpec, out: Path) -> list[str]:
     """Train, measure and save a model; the lines of its card."""
+    tokenizer = character_tokenizer()
     model = train(blank(spec, tokenizer), spec, attempts(spec, tokenizer))
     with tempfile.TemporaryDirectory() as scratch:
         save(model, tokenizer, spec, [], Path(scratch) / spec.name)
