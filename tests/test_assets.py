@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 from reflux.assets import folder
 from reflux.assets.characters import CHARACTERS, SPECIALS, character_tokenizer
-from reflux.assets.make import accuracy, blank, cold_start, encode, first, lessons, main
+from reflux.assets.make import accuracy, cold_start, encode, lessons, main
 from reflux.assets.specs import SHOWN, SPECS, Spec
+from reflux.assets.text_models import blank, first
 from reflux.tasks.chains import Chains
 from reflux.tasks.word_problems import WordProblems
 

@@ -18,6 +18,7 @@ import torch
 
 import reflux
 import tiny
+from played import played
 from reflux import checks
 from reflux.cli.show import console, list_parts, show_plan
 from reflux.config.citations import papers
@@ -119,6 +120,32 @@ def test_hints_answer_a_wrong_word_and_pay_less_for_each() -> None:
         part("turns:Hinted", hints=0)
 
 
+def test_rates_reply_by_the_step_and_judge_by_what_was_told() -> None:
+    task = part("rates:Rates", drift_every=2)
+    prompt = next(task.prompts("train", 0))
+    amount, code = prompt.messages[0]["content"].split()[2:4]
+    rollout = played(task, prompt, ["well", f"rate({code})", "Answer: 1"], 5)
+    told = [message["content"] for message in rollout.messages if message["role"] == "user"][1:]
+    assert told[0] == "Ask rate(CODE)."
+    assert 2 <= int(told[1]) <= 9
+    turns = [{"role": "assistant", "content": text} for text in ("well", f"rate({code})")]
+    replayed = [[reply[0]["content"] for reply in task.replay(prompt, turns, step)] for step in range(9)]
+    assert replayed[4] == replayed[5] == told
+    assert len({replies[1] for replies in replayed}) > 1
+
+    def verdict(*texts: str) -> float:
+        return task.verify(prompt, task.evidence(played(task, prompt, texts, 5)))
+
+    right = f"So Answer: {int(amount) * int(told[1])}"
+    assert verdict(f"rate({code})", right) == verdict("well", f"rate({code})", right) == 1.0
+    assert verdict(right) == verdict(f"rate({code})", "Answer: 0") == 0.0
+    train, test = (
+        {one.messages[0]["content"] for one in islice(task.prompts(split, 0), 300)}
+        for split in ("train", "test")
+    )
+    assert not train & test
+
+
 def test_a_task_with_turns_runs_from_its_recipe(tmp_path: Path) -> None:
     changes = {"steps": 1, "prompts_per_step": 2, "group_size": 4, "threads": 1, "evals.accuracy": "none"}
     reflux.run(EXAMPLES / "my_lab" / "hinted.toml", changes, out=tmp_path / "run")
@@ -199,6 +226,7 @@ def test_list_shows_the_parts_of_a_package(capsys: pytest.CaptureFixture[str]) -
         "my_lab.samplers:Mixed",
         "my_lab.objectives:Jeffreys",
         "my_lab.credit:Surprise",
+        "my_lab.rates:Rates",
         "my_lab.tasks:Backwards",
         "my_lab.turns:Hinted",
     ]

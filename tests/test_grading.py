@@ -148,10 +148,11 @@ def test_a_failing_verifier_costs_its_own_attempt_only(odd: Any, text: str, word
 
 def test_only_a_texts_verdict_has_a_bound_on_memory(odd: Any) -> None:
     """A grader of images may use a GPU, whose driver reserves more address space than there is memory."""
-    jobs = [(PROMPT, made) for made in ("memory", np.zeros((2, 2), np.uint8), "memory", "yes")]
+    conversation = ({"role": "assistant", "content": "yes"},)
+    jobs = [(PROMPT, made) for made in ("memory", np.zeros((2, 2), np.uint8), "memory", "yes", conversation)]
     with Graders() as graders:
         found = asyncio.run(graders.verify_many(odd, jobs))
-    assert values(found) == [None, 8.0, None, 1.0]
+    assert values(found) == [None, 8.0, None, 1.0, None]
     assert "MemoryError" in (found[0].error or "")
 
 

@@ -83,8 +83,8 @@ def test_control_its_own_twin_teaches_nothing(tmp_path: Path) -> None:
 @pytest.mark.timeout(1500)
 def test_control_an_untrained_teacher_makes_it_worse(tmp_path: Path) -> None:
     from reflux.assets.characters import character_tokenizer
-    from reflux.assets.make import blank
     from reflux.assets.specs import SPECS
+    from reflux.assets.text_models import blank
 
     tokenizer = character_tokenizer()
     blank(SPECS["teacher"], tokenizer).save_pretrained(tmp_path / "untrained")

@@ -26,7 +26,10 @@ SCALE_KEYS = {
     "eval_steps", "segments", "prompts",
     "problems",
 }  # fmt: skip
-SCALES = {TokenRollout: ("toy", "chains", "hub", "reader", "two_domains"), FlowRollout: ("glyphs", "sd3")}
+SCALES = {
+    TokenRollout: ("toy", "chains", "tool_calls", "hub", "reader", "two_domains"),
+    FlowRollout: ("glyphs", "sd3"),
+}
 HERE = [(name, base) for name in recipe_names() for base in SCALES[load_recipe(name).learner.rollouts]]
 # tables that stand inside another one
 MOVED = {"sft": ("sampler", "sampler.generate"), "flow_sft": ("sampler", "sampler.generate")}

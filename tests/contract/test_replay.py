@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from played import TOKENIZER, played, replies
 from reflux import checks
 from reflux.config.registry import build
 from reflux.config.requirements import Requirements
-from reflux.config.step_context import StepContext
+from reflux.config.step_context import SamplingParams, StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.contexts.replay import Replay
 from reflux.errors import ConfigError, ModelError
+from reflux.loop import attempting
 from reflux.models.text import Model, load_model
 from reflux.rollouts.replies import replies_of
 from reflux.tasks.shopping import Shopping
@@ -334,6 +336,59 @@ def test_nothing_drifts_where_the_table_is_fixed_or_nothing_is_in_flight(
     for more in ({"task": {"kind": "shopping"}}, {"max_staleness": 0}):
         done = freshened(tiny_run, **more)
         assert [row["credit"]["freshness"]["supervision_drift"] for row in done.rows("metrics")] == [0.0] * 6
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_environments_are_opened_at_the_completed_steps(
+    tiny_run: Callable[..., Any], scripted: None, monkeypatch: pytest.MonkeyPatch, max_staleness: int
+) -> None:
+    opened: list[tuple[str, int]] = []
+    open_env = Shopping.open_env
+
+    def listened(self: Any, prompt: Any, step: int) -> Any:
+        opened.append((prompt.id.partition("-")[0], step))
+        return open_env(self, prompt, step)
+
+    monkeypatch.setattr(Shopping, "open_env", listened)
+    freshened(
+        tiny_run,
+        max_staleness=max_staleness,
+        steps=4,
+        prompts_per_step=1,
+        evals__accuracy={"problems": 1, "examples": 0},
+        eval_every=2,
+    )
+    assert [step for split, step in opened if split == "validation"] == [0, 2, 4]
+    begun = [max(0, step - max_staleness) for step in range(4)]
+    assert [step for split, step in opened if split == "train"] == begun
+
+
+def test_an_attempt_is_scored_first_as_of_the_moment_when_it_began() -> None:
+    """Also where a step is completed while it is sampled."""
+    seen: list[Any] = []
+
+    class Sampler:
+        async def sample(self, prompt: Any, n: int, draw: Any) -> Any:
+            seen.append(draw.completed)
+            run.step += 1
+            return [Attempt(tiny.rollout(3))]
+
+    class Answers:
+        async def score(self, groups: Any, step_context: StepContext, cohort: int) -> None:
+            seen.append((step_context.step, step_context.completed, step_context.version))
+
+    def step_context(step: int, version: int) -> StepContext:
+        return StepContext(step, 0, version, run.step)
+
+    def draw(step: int) -> SamplingParams:
+        return SamplingParams(step, "train", 9)
+
+    cfg = SimpleNamespace(group_size=1, prompts_per_step=1, draw=draw)
+    run: Any = SimpleNamespace(cfg=cfg, step=3, step_context=step_context, write=lambda *_: None)
+    learner: Any = SimpleNamespace(version=7)
+    attempt = attempting(run, learner, Sampler(), None, Answers())  # type: ignore[arg-type]
+    asyncio.run(attempt(tiny.rollout(3).prompt, 5))
+    assert seen == [3, (5, 3, 7)]
 
 
 def test_the_loss_uses_the_answer_to_the_replies_of_now(

@@ -1,8 +1,9 @@
-"""Trains the small text models on worked solutions, and the flow models on drawings
-(`reflux.assets.glyph_models`). A model that starts from another one is trained after it.
+"""Trains the small text models on worked solutions, those of the tasks with tools on worked attempts
+(`reflux.assets.tool_models`), and the flow models on drawings (`reflux.assets.glyph_models`). A model that
+starts from another one is trained after it.
 
 `python -m reflux.assets.make [--only NAME] [--out DIR]` takes, on a free core, about 10 minutes for each
-teacher and for the reader, and about 3 minutes for the student, for the novice and for each flow model.
+teacher and for the reader, and about 3 minutes for each student, for the novice and for each flow model.
 
 No model is trained on the output of another one. The same seed and number of threads give bit-identical
 weights.
@@ -11,8 +12,6 @@ weights.
 from __future__ import annotations
 
 import argparse
-import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
@@ -22,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reflux.assets import folder, glyph_models
+from reflux.assets import folder, glyph_models, tool_models
 from reflux.assets.characters import character_tokenizer
 from reflux.assets.specs import SPECS, Spec
 from reflux.assets.store import save
+from reflux.assets.text_models import IGNORED, first, train
 from reflux.evals.problems import problems
 from reflux.metrics.intervals import wilson
 from reflux.tasks.base import Task
@@ -33,43 +33,6 @@ from reflux.types import Prompt, Reward
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
-
-IGNORED = -100
-
-
-def blank(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
-    """An untrained model with the shape of `spec`: Qwen3, float32, with tied embeddings."""
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-
-    ends = {
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-    }
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=spec.width,
-        intermediate_size=spec.inner,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.heads,
-        head_dim=spec.width // spec.heads,
-        max_position_embeddings=tokenizer.model_max_length,
-        tie_word_embeddings=True,
-        dtype="float32",
-        **ends,
-    )
-    torch.manual_seed(spec.seed)
-    model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(do_sample=True, **ends)
-    return model
-
-
-def first(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
-    """The model from which training starts: the shipped model `spec.start`, or an untrained one."""
-    from transformers import Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM.from_pretrained(folder(spec.start)) if spec.start else blank(spec, tokenizer)
 
 
 def encode(prompts: list[Prompt], tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -95,34 +58,16 @@ def lessons(spec: Spec) -> Iterator[Prompt]:
     yield from spec.task.prompts("train", spec.seed)
 
 
+def solutions(spec: Spec, tokenizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training batches (ids_BT, labels_BT), without end."""
+    stream = lessons(spec)
+    while True:
+        yield encode(list(islice(stream, spec.batch)), tokenizer)
+
+
 def cold_start(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
-    """A model trained on worked solutions with AdamW, warm-up and cosine decay, and gradient norm clipped at
-    1.
-    """
-    model = first(spec, tokenizer).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    stream, begun = lessons(spec), time.monotonic()
-    for step in range(spec.steps):
-        along = step / spec.steps
-        rate = spec.lr * min(1.0, (step + 1) / spec.warmup) * 0.5 * (1 + math.cos(math.pi * along))
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        ids_BT, labels_BT = encode(list(islice(stream, spec.batch)), tokenizer)
-        logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED
-        )
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        if (step + 1) % 100 == 0:
-            print(
-                f"{spec.name} step {step + 1}/{spec.steps} loss {loss.item():.4f} nats, "
-                f"{time.monotonic() - begun:.0f} s",
-                flush=True,
-            )
-    return model.eval()
+    """A model trained on worked solutions."""
+    return train(first(spec, tokenizer), spec, solutions(spec, tokenizer))
 
 
 @torch.no_grad()
@@ -131,8 +76,8 @@ def accuracy(model: Any, tokenizer: Any, task: Task, *, batch: int = 250) -> tup
     problems. batch: the number of problems that are answered together.
     """
     prompts, right = list(problems(task, "test")), 0
-    for first in range(0, len(prompts), batch):
-        some = prompts[first : first + batch]
+    for begin in range(0, len(prompts), batch):
+        some = prompts[begin : begin + batch]
         asked = tokenizer.apply_chat_template(
             [list(prompt.messages) for prompt in some],
             add_generation_prompt=True,
@@ -186,19 +131,20 @@ def difference(task: Any, exam: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    names = [*SPECS, *tool_models.TOOL_SPECS, *glyph_models.FLOW_SPECS]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--only", choices=[*SPECS, *glyph_models.FLOW_SPECS], help="train only this model (default: all)"
-    )
+    parser.add_argument("--only", choices=names, help="train only this model (default: all)")
     parser.add_argument("--out", type=Path, help="folder for the models (default: the folder of this file)")
     parser.add_argument("--threads", type=int, default=1, help="the shipped models were made with 1")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     tokenizer = character_tokenizer()
-    for name in [asked.only] if asked.only else [*SPECS, *glyph_models.FLOW_SPECS]:
+    for name in [asked.only] if asked.only else names:
         out = asked.out / name if asked.out else folder(name)
         if name in glyph_models.FLOW_SPECS:
             report = glyph_models.make(glyph_models.FLOW_SPECS[name], out)
+        elif name in tool_models.TOOL_SPECS:
+            report = tool_models.make(tool_models.TOOL_SPECS[name], out)
         else:
             model = cold_start(SPECS[name], tokenizer)
             report = measure(model, tokenizer, SPECS[name])

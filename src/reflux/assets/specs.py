@@ -14,10 +14,8 @@ from reflux.tasks.word_problems import WordProblems
 
 
 @dataclass(frozen=True)
-class Spec:
-    """A model and the settings of its training. Specialists differ by `task`, e.g.
-    WordProblems(operations=("mul",)).
-    """
+class ModelSpec:
+    """A model and the settings of its training."""
 
     name: str
     layers: int
@@ -31,6 +29,19 @@ class Spec:
     warmup: int = 50
     # the shipped model whose weights training starts from; "" for an untrained model
     start: str = ""
+
+    @property
+    def asked(self) -> str:
+        """The tasks of the model, for its card."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Spec(ModelSpec):
+    """A model that answers in one turn. Specialists differ by `task`, e.g.
+    WordProblems(operations=("mul",)).
+    """
+
     # the training task
     task: Task = WordProblems()
     # the training task of the first `easier_steps` of the steps; None if there is no other
@@ -40,6 +51,10 @@ class Spec:
     exam: ArithmeticTask = WordProblems()
     # further test tasks, with their titles in the report
     also: tuple[tuple[str, Task], ...] = ()
+
+    @property
+    def asked(self) -> str:
+        return f"the toy task `{self.exam.kind}`"
 
 
 SMALL = WordProblems(largest=30)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from reflux.storage.files import write_folder
 
 if TYPE_CHECKING:
-    from reflux.assets.specs import Spec
+    from reflux.assets.specs import ModelSpec
 
 CARD = """---
 library_name: transformers
@@ -17,7 +17,7 @@ license: apache-2.0
 ---
 # Reflux {name}
 
-A {role} for the toy task `{task}`: Qwen3 architecture, one character a token, \
+A {role} for {asked}: Qwen3 architecture, one character a token, \
 trained from {origin} on worked solutions
 (never on another model's output). Made by `python -m reflux.assets.make --only {name}`.
 
@@ -25,7 +25,7 @@ trained from {origin} on worked solutions
 """
 
 
-def save(model: Any, tokenizer: Any, spec: Spec, report: list[str], out: Path) -> None:
+def save(model: Any, tokenizer: Any, spec: ModelSpec, report: list[str], out: Path) -> None:
     """Write model, tokenizer and card as one folder that is complete or absent. report: lines of the card."""
 
     def fill(scratch: Path) -> None:
@@ -35,7 +35,7 @@ def save(model: Any, tokenizer: Any, spec: Spec, report: list[str], out: Path) -
         origin = f"`reflux:{spec.start}`" if spec.start else "nothing"
         lines = "\n".join(f"- {line}" for line in report)
         (scratch / "README.md").write_text(
-            CARD.format(name=spec.name, role=role, task=spec.exam.kind, origin=origin, report=lines)
+            CARD.format(name=spec.name, role=role, asked=spec.asked, origin=origin, report=lines)
         )
 
     out.parent.mkdir(parents=True, exist_ok=True)

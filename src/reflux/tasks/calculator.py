@@ -36,8 +36,11 @@ class Calculator(ToolTask):
 
     kind: ClassVar[str] = "calculator"
 
+    # the smallest number of operations
     min_steps: Annotated[int, Field(ge=1)] = 2
+    # the largest number of operations
     max_steps: Annotated[int, Field(le=6)] = 3
+    # the largest number that a problem or a result may contain
     largest: Annotated[int, Field(ge=10)] = 99
 
     def __post_init__(self) -> None:

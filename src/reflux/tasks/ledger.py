@@ -36,8 +36,11 @@ class Ledger(ToolTask):
 
     kind: ClassVar[str] = "ledger"
 
+    # the smallest number of entries
     min_entries: Annotated[int, Field(ge=1)] = 7
+    # the largest number of entries
     max_entries: int = 11
+    # the largest balance
     largest: Annotated[int, Field(ge=10)] = 40
 
     def __post_init__(self) -> None:

@@ -40,8 +40,11 @@ class Shopping(ToolTask):
 
     kind: ClassVar[str] = "shopping"
 
+    # the smallest number of things to buy
     min_items: Annotated[int, Field(ge=1)] = 2
+    # the largest number of things to buy
     max_items: Annotated[int, Field(le=6)] = 4
+    # the highest price; the lowest is 1
     largest_price: Annotated[int, Field(ge=1)] = 20
     # optimiser steps from one table of prices to the next; 0: there is one table
     drift_every: Annotated[int, Field(ge=0)] = 0

@@ -55,6 +55,7 @@ class ToolTask(TaskPart):
     held_out: Annotated[int, Field(ge=1)] = 500
     # seconds before each reply, to measure what a slow tool costs
     delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    # the share of this task in a mix of tasks, relative to the weights of the others
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
     @property
