@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
-from reflux.config.health import AlarmName, Health
 from reflux.config.recipe import RunConfig, config_hash, load_recipe
+from reflux.config.thresholds import AlarmName, Health
 from reflux.errors import ConfigError
 from reflux.metrics.health import ALARMS, Period, periods
 from reflux.metrics.monitor import Monitor
@@ -30,8 +30,8 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
         "entropy_nats": 1.0,
         "kl_nats": 0.3,
         "ratio_outside_share": 0.01,
-        "finishes": {"stop": 8, "length": 1, "error": 1},
-        "errors": 1,
+        "finishes": {"stop": 8, "length": 1, "error": 11},
+        "errors": 11,
         "without_target": {"main": 1},
         "asked": {"main": 8},
         "teacher_nats_by_table": {"main": {"mean": 1.5, "std": 3.0}},
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"teacher_nats_by_table": {"main": {"mean": 8.0, "std": 2.0}}},
         {"teacher_nats_by_table": {"main": {"mean": 8.0, "std": 2.01}}},
     ),
-    # of 10 attempts one has an error, so 9 could have a target
+    # of 20 attempts 11 have an error, so 9 could have a target
     "starved_teacher": (
         {"without_target": {"main": 9}, "asked": {"main": 1}},
         {"without_target": {"main": 8}, "asked": {"main": 1}},

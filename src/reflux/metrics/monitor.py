@@ -10,8 +10,8 @@ from reflux.metrics.history import History, Row
 from reflux.metrics.values import jsonable
 
 if TYPE_CHECKING:
-    from reflux.config.health import AlarmName
     from reflux.config.recipe import RunConfig
+    from reflux.config.thresholds import AlarmName
 
 
 class Monitor:
