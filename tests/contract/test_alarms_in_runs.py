@@ -75,6 +75,25 @@ def test_an_alarm_is_in_the_metrics_the_terminal_and_the_summary(
     assert json.loads((done.dir / "summary.json").read_text())["health"] == done.summary["health"]
 
 
+def test_a_tracker_gets_a_number_for_each_alarm(
+    student: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reflux import training
+    from reflux.metrics.trackers import NoTracker, flat
+
+    logged: dict[int, dict[str, float]] = {}
+
+    class Recording(NoTracker):
+        def log(self, values: Any, step: int) -> None:
+            logged.setdefault(step, {}).update(flat(values))
+
+    monkeypatch.setattr(training, "open_tracker", lambda *asked: Recording())
+    go(tiny.config("vopd", student, teacher, **LIMITED | {"steps": 2}), tmp_path / "run")
+    assert [logged[step]["health/length_limited"] for step in (1, 2)] == [0, 1]
+    assert logged[2]["health/no_checkpoint"] == 0
+    assert "health/uniform_teacher" not in logged[2]
+
+
 def test_a_healthy_run_has_no_alarm_and_its_evaluations_are_as_they_were(
     tiny_run: Callable[..., Any],
 ) -> None:

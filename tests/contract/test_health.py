@@ -165,6 +165,12 @@ def test_a_row_that_lacks_the_numbers_raises_nothing() -> None:
     assert Driven().steps(rows).notes == []
 
 
+def test_the_first_steps_are_compared_with_later_ones_alone() -> None:
+    rows = [row(step, response_tokens_mean=40.0 if step < 3 else 400.0) for step in range(1, 6)]
+    held = Driven().steps(rows).held
+    assert held == {1: [], 2: [], 3: [], 4: ["length_inflation"], 5: ["length_inflation"]}
+
+
 @pytest.mark.parametrize("window", [1, 3])
 def test_the_means_are_over_the_window(window: int) -> None:
     rows = [row(step, truncated=0.5 if step > 4 else 0.0) for step in range(1, 10)]
@@ -274,8 +280,12 @@ def test_the_sides_of_both_intervals_that_face_each_other_count() -> None:
         (low, _), (_, high) = wilson(60, 100), wilson(right, 100)
         below = 0.6 - right / 100 - math.sqrt((0.6 - low) ** 2 + (high - right / 100) ** 2) > 0
         assert bool(found.notes) == below
-    # 46 of 100 against 60: the lower end of the interval of the difference is 0.001
-    assert not Driven().notes
+    # far ends that are far away do not count, and near ends do
+    for peak, now, raised in (((0.47, 0.9), (0.1, 0.46), 1), ((0.1, 0.53), (0.44, 0.9), 0)):
+        found = Driven(config(fall_evaluations=1))
+        for step, (accuracy, (low, high)) in enumerate([(0.5, peak), (0.45, now)]):
+            found.evaluated({"step": step, "accuracy": {"accuracy": accuracy, "low": low, "high": high}})
+        assert len(found.notes) == raised
 
 
 def test_one_low_evaluation_is_no_fall_and_two_are() -> None:
