@@ -171,6 +171,16 @@ def test_a_nearly_full_disk_is_measured_against_the_checkpoint_also_after_a_resu
     assert len(notes) == 1
 
 
+def test_the_size_of_a_checkpoint_is_known_after_the_first_one(
+    student: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+    settings = {"steps": 4, "save_every": 2, "skip_checks": ["disk"]}
+    done, _ = go(tiny.config("vopd", student, teacher, **settings), tmp_path / "run")
+    assert health_of(done) == {1: [], 2: [], 3: ["disk_nearly_full"], 4: ["disk_nearly_full"]}
+
+
 def test_names_that_rows_of_evaluations_have_are_refused(student: str, teacher: str) -> None:
     for name in ("step", "health"):
         with pytest.raises(ConfigError, match=rf"evals\.{name}: evals.jsonl has this key already"):
@@ -213,7 +223,8 @@ def test_the_command_says_which_alarm_ended_the_run_and_how_to_go_on(
     assert ended.returncode == 3, ended.stderr
     said = " ".join(ended.stdout.split())
     assert "stopped after step 2 of 4; everything is saved. step 2: alarm length_limited." in said
-    assert f"reflux report '{out}'" in said
+    assert f"Report: {out / 'report.html'}" in said
+    assert "Alarms" in (out / "report.html").read_text()
     assert f"Continue with: reflux run {recipe} --out '{out}' --resume" in said
     assert "Traceback" not in ended.stdout + ended.stderr
     again = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True)
