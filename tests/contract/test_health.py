@@ -382,3 +382,14 @@ def test_periods_join_steps_and_evaluations() -> None:
         Period("d", 5, None),
     ]
     assert periods([], []) == []
+
+
+def test_the_summary_counts_the_periods_of_an_alarm() -> None:
+    from reflux.storage.summary import _alarms
+
+    steps = [{"step": step, "health": ["a"] if step in (2, 3, 6) else []} for step in range(1, 8)]
+    evals = [{"step": 7, "health": ["b"]}]
+    assert _alarms(steps, evals) == {
+        "a": {"times": 2, "first_step": 2, "last_step": 6},
+        "b": {"times": 1, "first_step": 7, "last_step": None},
+    }
