@@ -267,14 +267,17 @@ def test_a_report_without_alarms_has_no_such_list(tmp_path: Path) -> None:
     assert "Alarms" not in shown(write_run(tmp_path / "run"))
 
 
-def test_many_periods_of_one_alarm_are_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("last", "rest"), [(9, "step 9."), (11, "step 9, and once more."), (59, "step 9, and 25 more times.")]
+)
+def test_many_periods_of_one_alarm_are_cut(tmp_path: Path, last: int, rest: str) -> None:
     folder = write_run(tmp_path / "run")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    odd = [["ratio_outside"] if row["step"] % 2 and row["step"] <= last else [] for row in rows]
     write_lines(
-        folder / "metrics.jsonl",
-        [row | {"health": ["ratio_outside"] if row["step"] % 2 else []} for row in rows],
+        folder / "metrics.jsonl", [row | {"health": held} for row, held in zip(rows, odd, strict=True)]
     )
-    assert "step 1, step 3, step 5, step 7, step 9, and 25 more times." in shown(folder)
+    assert f"step 1, step 3, step 5, step 7, {rest}" in shown(folder)
 
 
 @pytest.mark.parametrize("held", [None, 3, "ratio_outside", [1, None, {}], {"a": 1}])
