@@ -30,10 +30,10 @@ from laws import bias  # noqa: E402
 from reflux.config import registry  # noqa: E402
 from reflux.config.bases import RECIPES, recipe_names  # noqa: E402
 from reflux.config.citations import papers  # noqa: E402
-from reflux.config.health import Health  # noqa: E402
 from reflux.config.papers import GKD, Paper  # noqa: E402
 from reflux.config.recipe import RunConfig, Track, load_recipe  # noqa: E402
 from reflux.config.registry import PartOf  # noqa: E402
+from reflux.config.thresholds import Health  # noqa: E402
 from reflux.credit.group_advantage import group_advantages  # noqa: E402
 from reflux.metrics.values import step_flops  # noqa: E402
 from reflux.models.settings import Average, FlowLora, Lora, Merge  # noqa: E402

@@ -21,7 +21,13 @@ import tiny_glyphs
 from reflux.cli.progress import Progress
 from reflux.kernels.head import Head
 from reflux.loop import train
-from reflux.metrics.teacher_distance import generated_kl, teacher_logp_T, trained_kl
+from reflux.metrics.teacher_distance import (
+    generated_kl,
+    sampled_entropy,
+    teacher_logp_T,
+    teacher_nats,
+    trained_kl,
+)
 from reflux.metrics.values import Mean
 from reflux.models.flow.sde import kl_weight
 from reflux.storage.attempt_log import arrived, read_attempt
@@ -93,6 +99,48 @@ def test_of_pictures_it_is_exact_from_velocities_that_are_there() -> None:
     assert generated_kl([plain], "main") == Mean(12.0, 4)
     plain.learned = StepRecord(kl_T=np.asarray([1, 2, np.nan, np.nan, np.nan], np.float32))
     assert generated_kl([plain], "main") == Mean()
+
+
+def test_the_entropy_is_the_mean_surprise_of_the_chosen_tokens_at_temperature_1() -> None:
+    one, other = answered(3, mask=[1, 0, 1]), answered(2)
+    raw_T = np.asarray([-0.5, -1.5], dtype=np.float32)
+    object.__setattr__(other.rollout, "logp_raw_T", raw_T)
+    by_hand = [-one.rollout.logp_T[0], -one.rollout.logp_T[2], 0.5, 1.5]
+    assert sampled_entropy([one, other]).count == 4
+    assert sampled_entropy([one, other]).value == pytest.approx(np.mean(by_hand), rel=1e-6)
+    picture = tiny_flow.attempt(5, teacher=tiny_flow.model(2))
+    assert sampled_entropy([picture]) == sampled_entropy([]) == Mean()
+
+
+def test_the_entropy_of_sampled_tokens_is_that_of_their_distribution() -> None:
+    """E[-log p(a)] = H(p)."""
+    p, rng = np.asarray([0.5, 0.3, 0.15, 0.05]), np.random.default_rng(0)
+    made = answered(20_000)
+    object.__setattr__(made.rollout, "logp_T", np.log(rng.choice(p, 20_000, p=p)).astype(np.float32))
+    assert sampled_entropy([made]).value == pytest.approx(-(p * np.log(p)).sum(), abs=0.02)
+
+
+def test_the_nats_of_a_teacher_have_mean_and_deviation_over_the_known_chosen_positions() -> None:
+    one, other = answered(3, [-1, -2, -3], mask=[1, 0, 1]), answered(2, [-4, -5])
+    found = teacher_nats([one, other, answered(4)], "main")
+    assert found == pytest.approx({"mean": 13 / 4, "std": np.std([1, 3, 4, 5])})
+    # a step that left positions out
+    object.__setattr__(other.answers["main"].target, "logp_T", None)
+    other.learned = StepRecord(logp={"main": np.asarray([-7, np.nan], np.float32)})
+    assert teacher_nats([other], "main") == {"mean": 7.0, "std": 0.0}
+    assert teacher_nats([answered(4)], "main") is None
+    assert teacher_nats([one], "anchor") is None
+    assert teacher_nats([tiny_flow.attempt(5, teacher=tiny_flow.model(2))], "main") is None
+
+
+def test_entropy_and_nats_are_in_the_rows_of_a_run(tiny_run: Callable[..., Any]) -> None:
+    (row,) = tiny_run("vopd", steps=1).rows("metrics")
+    # the sampled reverse KL is what the teacher's surprise is above the student's
+    above = row["teacher_nats_by_table"]["main"]["mean"] - row["entropy_nats"]
+    assert above == pytest.approx(row["kl_nats"], abs=1e-4)
+    (given,) = tiny_run("sft", steps=1).rows("metrics")
+    assert "entropy_nats" not in given
+    assert given["teacher_nats_by_table"] == {}
 
 
 def test_a_prefix_moves_the_kl_where_learnt_from_and_not_the_generated_one(

@@ -75,6 +75,25 @@ def test_an_alarm_is_in_the_metrics_the_terminal_and_the_summary(
     assert json.loads((done.dir / "summary.json").read_text())["health"] == done.summary["health"]
 
 
+def test_a_tracker_gets_a_number_for_each_alarm(
+    student: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reflux import training
+    from reflux.metrics.trackers import NoTracker, flat
+
+    logged: dict[int, dict[str, float]] = {}
+
+    class Recording(NoTracker):
+        def log(self, values: Any, step: int) -> None:
+            logged.setdefault(step, {}).update(flat(values))
+
+    monkeypatch.setattr(training, "open_tracker", lambda *asked: Recording())
+    go(tiny.config("vopd", student, teacher, **LIMITED | {"steps": 2}), tmp_path / "run")
+    assert [logged[step]["health/length_limited"] for step in (1, 2)] == [0, 1]
+    assert logged[2]["health/no_checkpoint"] == 0
+    assert "health/uniform_teacher" not in logged[2]
+
+
 def test_a_healthy_run_has_no_alarm_and_its_evaluations_are_as_they_were(
     tiny_run: Callable[..., Any],
 ) -> None:
@@ -152,6 +171,16 @@ def test_a_nearly_full_disk_is_measured_against_the_checkpoint_also_after_a_resu
     assert len(notes) == 1
 
 
+def test_the_size_of_a_checkpoint_is_known_after_the_first_one(
+    student: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+    settings = {"steps": 4, "save_every": 2, "skip_checks": ["disk"]}
+    done, _ = go(tiny.config("vopd", student, teacher, **settings), tmp_path / "run")
+    assert health_of(done) == {1: [], 2: [], 3: ["disk_nearly_full"], 4: ["disk_nearly_full"]}
+
+
 def test_names_that_rows_of_evaluations_have_are_refused(student: str, teacher: str) -> None:
     for name in ("step", "health"):
         with pytest.raises(ConfigError, match=rf"evals\.{name}: evals.jsonl has this key already"):
@@ -194,7 +223,8 @@ def test_the_command_says_which_alarm_ended_the_run_and_how_to_go_on(
     assert ended.returncode == 3, ended.stderr
     said = " ".join(ended.stdout.split())
     assert "stopped after step 2 of 4; everything is saved. step 2: alarm length_limited." in said
-    assert f"reflux report '{out}'" in said
+    assert f"Report: {out / 'report.html'}" in said
+    assert "Alarms" in (out / "report.html").read_text()
     assert f"Continue with: reflux run {recipe} --out '{out}' --resume" in said
     assert "Traceback" not in ended.stdout + ended.stderr
     again = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True)
@@ -237,14 +267,17 @@ def test_a_report_without_alarms_has_no_such_list(tmp_path: Path) -> None:
     assert "Alarms" not in shown(write_run(tmp_path / "run"))
 
 
-def test_many_periods_of_one_alarm_are_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("last", "rest"), [(9, "step 9."), (11, "step 9, and once more."), (59, "step 9, and 25 more times.")]
+)
+def test_many_periods_of_one_alarm_are_cut(tmp_path: Path, last: int, rest: str) -> None:
     folder = write_run(tmp_path / "run")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    odd = [["ratio_outside"] if row["step"] % 2 and row["step"] <= last else [] for row in rows]
     write_lines(
-        folder / "metrics.jsonl",
-        [row | {"health": ["ratio_outside"] if row["step"] % 2 else []} for row in rows],
+        folder / "metrics.jsonl", [row | {"health": held} for row, held in zip(rows, odd, strict=True)]
     )
-    assert "step 1, step 3, step 5, step 7, step 9, and 25 more times." in shown(folder)
+    assert f"step 1, step 3, step 5, step 7, {rest}" in shown(folder)
 
 
 @pytest.mark.parametrize("held", [None, 3, "ratio_outside", [1, None, {}], {"a": 1}])

@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
-from reflux.config.health import AlarmName, Health
 from reflux.config.recipe import RunConfig, config_hash, load_recipe
+from reflux.config.thresholds import AlarmName, Health
 from reflux.errors import ConfigError
 from reflux.metrics.health import ALARMS, Period, periods
 from reflux.metrics.monitor import Monitor
@@ -30,8 +30,8 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
         "entropy_nats": 1.0,
         "kl_nats": 0.3,
         "ratio_outside_share": 0.01,
-        "finishes": {"stop": 8, "length": 1, "error": 1},
-        "errors": 1,
+        "finishes": {"stop": 8, "length": 1, "error": 11},
+        "errors": 11,
         "without_target": {"main": 1},
         "asked": {"main": 8},
         "teacher_nats_by_table": {"main": {"mean": 1.5, "std": 3.0}},
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"teacher_nats_by_table": {"main": {"mean": 8.0, "std": 2.0}}},
         {"teacher_nats_by_table": {"main": {"mean": 8.0, "std": 2.01}}},
     ),
-    # of 10 attempts one has an error, so 9 could have a target
+    # of 20 attempts 11 have an error, so 9 could have a target
     "starved_teacher": (
         {"without_target": {"main": 9}, "asked": {"main": 1}},
         {"without_target": {"main": 8}, "asked": {"main": 1}},
@@ -154,15 +154,23 @@ def test_a_resumed_run_has_the_same_alarms(name: str, cut: int) -> None:
 
 
 def test_numbers_that_are_not_finite_count_as_missing_before_and_after_a_resume() -> None:
-    rows = [row(step, truncated=math.nan if step == 3 else 0.6) for step in range(1, 5)]
-    whole = Driven().steps(rows)
-    assert whole.held == {1: [], 2: ["length_limited"], 3: ["length_limited"], 4: ["length_limited"]}
+    rows = [
+        row(step, truncated=math.nan if step in (3, 6) else 0.6 if step > 4 else 0.1) for step in range(1, 8)
+    ]
+    held = Driven().steps(rows).held
+    assert [step for step, names in held.items() if names] == [6, 7]
 
 
 def test_a_row_that_lacks_the_numbers_raises_nothing() -> None:
     bare = {"finishes": {}, "errors": 0, "without_target": {}, "asked": {}, "credit": {}}
     rows = [{"step": step, **bare, "seconds": {"total": 1.0}} for step in range(1, 9)]
     assert Driven().steps(rows).notes == []
+
+
+def test_the_first_steps_are_compared_with_later_ones_alone() -> None:
+    rows = [row(step, response_tokens_mean=40.0 if step < 3 else 400.0) for step in range(1, 6)]
+    held = Driven().steps(rows).held
+    assert held == {1: [], 2: [], 3: [], 4: ["length_inflation"], 5: ["length_inflation"]}
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -274,8 +282,12 @@ def test_the_sides_of_both_intervals_that_face_each_other_count() -> None:
         (low, _), (_, high) = wilson(60, 100), wilson(right, 100)
         below = 0.6 - right / 100 - math.sqrt((0.6 - low) ** 2 + (high - right / 100) ** 2) > 0
         assert bool(found.notes) == below
-    # 46 of 100 against 60: the lower end of the interval of the difference is 0.001
-    assert not Driven().notes
+    # far ends that are far away do not count, and near ends do
+    for peak, now, raised in (((0.47, 0.9), (0.1, 0.46), 1), ((0.1, 0.53), (0.44, 0.9), 0)):
+        found = Driven(config(fall_evaluations=1))
+        for step, (accuracy, (low, high)) in enumerate([(0.5, peak), (0.45, now)]):
+            found.evaluated({"step": step, "accuracy": {"accuracy": accuracy, "low": low, "high": high}})
+        assert len(found.notes) == raised
 
 
 def test_one_low_evaluation_is_no_fall_and_two_are() -> None:
@@ -370,3 +382,14 @@ def test_periods_join_steps_and_evaluations() -> None:
         Period("d", 5, None),
     ]
     assert periods([], []) == []
+
+
+def test_the_summary_counts_the_periods_of_an_alarm() -> None:
+    from reflux.storage.summary import _alarms
+
+    steps = [{"step": step, "health": ["a"] if step in (2, 3, 6) else []} for step in range(1, 8)]
+    evals = [{"step": 7, "health": ["b"]}]
+    assert _alarms(steps, evals) == {
+        "a": {"times": 2, "first_step": 2, "last_step": 6},
+        "b": {"times": 1, "first_step": 7, "last_step": None},
+    }

@@ -176,7 +176,7 @@ def test_a_file_without_a_whole_event_is_begun_again(tmp_path: Path, left: str) 
     path = tmp_path / "trace.json"
     path.write_text(left)
     Trace(path, "run").close()
-    assert [event["name"] for event in read(path)] == ["process_name"]
+    assert read(path) == []
 
 
 def test_a_closed_file_goes_on_behind_its_events(tmp_path: Path) -> None:
@@ -188,6 +188,17 @@ def test_a_closed_file_goes_on_behind_its_events(tmp_path: Path) -> None:
         # a thread that ends late
         trace.add("loop", "late", 1.0, 2.0, {})
     assert Counter(event["name"] for event in read(tmp_path / "trace.json"))["a [1]"] == 3
+
+
+def test_a_file_that_gets_no_event_stays_as_it_is(tmp_path: Path) -> None:
+    """As where a finished run is resumed."""
+    path = tmp_path / "trace.json"
+    trace = Trace(path, "run")
+    trace.add("loop", "evaluate", 1.0, 2.0, {})
+    trace.close()
+    before = path.read_bytes()
+    Trace(path, "again").close()
+    assert path.read_bytes() == before
 
 
 def test_a_clock_without_a_trace_only_counts() -> None:

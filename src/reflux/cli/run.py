@@ -47,8 +47,10 @@ def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool
     try:
         summary = _train(cfg, Options(folder, resume), console)
     except StoppedByAlarm as stopped:
+        from reflux.reports.page import write_report
+
         _say(
-            f"{stopped}\nThe report is written by: {shlex.join(['reflux', 'report', str(folder)])}\n"
+            f"{stopped}\nReport: {write_report(folder)}\n"
             f"This alarm does not stop the run again while it holds. Continue with:\n  {again}"
         )
         raise SystemExit(3) from None

@@ -69,7 +69,7 @@ class RemoteSampler:
     async def _share(self, share: Sequence[Request]) -> Reply:
         size = sum(n * draw.max_positions for _, n, draw in share)
         sent = packed(list(share))
-        with self.services.clock.span("sampler", "sample in an actor", step=share[0][2].step + 1):
+        with self.services.clock.sampling(share[0][2]):
             return await self.pool.least(size, lambda actor: actor.sample.remote(sent))
 
     def _add_seconds(self, answers: Sequence[Reply]) -> None:

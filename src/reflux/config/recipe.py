@@ -24,13 +24,13 @@ from reflux.cluster.base import Cluster
 from reflux.config import registry
 from reflux.config.bases import read_recipe, resolve
 from reflux.config.context import Numbers, PartContext, Placement
-from reflux.config.health import Health
 from reflux.config.overrides import merge, nest, split_override, unpack
 from reflux.config.refresh import Refresh
 from reflux.config.registry import STRICT, PartOf
 from reflux.config.requirements import Requirements
 from reflux.config.shares import without_shares
 from reflux.config.step_context import SamplingParams
+from reflux.config.thresholds import Health
 from reflux.credit.base import CreditRule
 from reflux.errors import ConfigError, RunError
 from reflux.evals.base import Eval

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from reflux.config.health import AlarmName, Health
-from reflux.metrics.history import History, Row, Score, number
+from reflux.config.thresholds import AlarmName, Health
+from reflux.metrics.history import History, Measured, Row, number
 
 
 def _mean(rows: Sequence[Row], *path: str) -> float | None:
@@ -131,7 +131,7 @@ def falling_evaluation(history: History, cfg: Health) -> str | None:
     return None
 
 
-def _is_below(score: Score, peak: Score) -> bool:
+def _is_below(score: Measured, peak: Measured) -> bool:
     allowed = math.hypot(peak.accuracy - peak.low, score.high - score.accuracy)
     return peak.accuracy - score.accuracy > allowed
 

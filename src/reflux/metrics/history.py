@@ -20,7 +20,7 @@ def number(row: Row, *path: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class Score:
+class Measured:
     """An accuracy of an evaluation, with its interval and the optimiser step."""
 
     accuracy: float
@@ -46,7 +46,7 @@ class History:
     # True if training attempts are cut on purpose: their limit is below that of evaluations
     cut: bool = False
     # by evaluation: its accuracies in order
-    scores: dict[str, list[Score]] = field(default_factory=dict)
+    scores: dict[str, list[Measured]] = field(default_factory=dict)
     # wall-clock seconds of the steps since the last checkpoint
     unsaved_s: float = 0.0
     # the size of the last checkpoint with the exported student; None before there is one
@@ -70,7 +70,7 @@ class History:
                 found.get(key) is None for key in ("accuracy", "low", "high")
             ):
                 continue
-            score = Score(found["accuracy"], found["low"], found["high"], row["step"])
+            score = Measured(found["accuracy"], found["low"], found["high"], row["step"])
             self.scores.setdefault(name, []).append(score)
 
     @property

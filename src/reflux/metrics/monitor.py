@@ -10,8 +10,8 @@ from reflux.metrics.history import History, Row
 from reflux.metrics.values import jsonable
 
 if TYPE_CHECKING:
-    from reflux.config.health import AlarmName
     from reflux.config.recipe import RunConfig
+    from reflux.config.thresholds import AlarmName
 
 
 class Monitor:
@@ -36,7 +36,7 @@ class Monitor:
 
     def replay(self, steps: Iterable[Row], evals: Iterable[Row]) -> None:
         """Read the rows of an earlier process. The alarms that held at its last row hold on, and are not
-        raised again.
+        raised again. `saved` comes afterwards, since a run goes on from a checkpoint.
         """
         last, held = (0, 0), ()
         for place, (rows, add) in enumerate(((steps, self._add), (evals, self.history.evaluated))):
@@ -45,7 +45,6 @@ class Monitor:
                 if (row["step"], place) >= last:
                     last, held = (row["step"], place), row.get("health", ())
         self.held = [name for name in ALARMS if name in held]
-        self.history.unsaved_s = 0.0
 
     def _add(self, row: Row) -> None:
         limit = self.cfg.draw(row["step"] - 1).max_positions

@@ -38,7 +38,8 @@ def shown_alarms(metrics: Metrics, moments: Sequence[EvalPoint]) -> list[ShownAl
 
 def _steps(each: Sequence[Period]) -> str:
     more = len(each) - _SHOWN
-    return ", ".join([*map(_words, each[:_SHOWN]), *([f"and {more} more times"] if more > 0 else [])])
+    rest = [] if more <= 0 else ["and once more"] if more == 1 else [f"and {more} more times"]
+    return ", ".join([*map(_words, each[:_SHOWN]), *rest])
 
 
 def _words(period: Period) -> str:

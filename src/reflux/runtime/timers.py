@@ -53,9 +53,13 @@ class Clock:
 
     def sampled(self, draw: SamplingParams, began: float) -> None:
         """Add the seconds since `began` as the sampler's work for attempts with these parameters."""
-        training = draw.purpose == "train"
-        role = "sample" if training else draw.purpose
-        self.spent("sampler", role, began, step=draw.step + 1 if training else None)
+        role, step = _sampling(draw)
+        self.spent("sampler", role, began, step=step)
+
+    def sampling(self, draw: SamplingParams) -> AbstractContextManager[None]:
+        """Record a call for attempts with these parameters that another process answers."""
+        role, step = _sampling(draw)
+        return self.span("sampler", role, step=step)
 
     def span(
         self, track: str, name: str, *, step: int | None = None, group: str | None = None
@@ -74,6 +78,11 @@ class Clock:
     def close(self) -> None:
         if self.trace is not None:
             self.trace.close()
+
+
+def _sampling(draw: SamplingParams) -> tuple[str, int | None]:
+    """The role of the sampler's work, and the optimiser step (from 1) that it is for; None in evaluations."""
+    return ("sample", draw.step + 1) if draw.purpose == "train" else (draw.purpose, None)
 
 
 class Waiting(Generic[Item]):

@@ -40,7 +40,7 @@ class Trace:
     """An open trace file, for calls from any thread. name: of the run, as the viewer shows it."""
 
     def __init__(self, path: Path, name: str):
-        self._lock = threading.Lock()
+        self._lock, self._name = threading.Lock(), name
         if path.exists():
             _cut(path)
         # unbuffered, so that each line is written whole
@@ -51,7 +51,6 @@ class Trace:
         self._lanes: dict[str, list[_Lane]] = {track: [] for track in TRACKS}
         # by caller and track: the lane in which the caller has open spans
         self._open: dict[tuple[int, str], _Lane] = {}
-        self._write({"name": "process_name", "ph": "M", "args": {"name": name}}, 0)
 
     @contextmanager
     def span(self, track: str, name: str, what: Mapping[str, Any]) -> Iterator[None]:
@@ -85,7 +84,7 @@ class Trace:
     def close(self) -> None:
         with self._lock:
             if not self._file.closed:
-                self._file.write(b"\n]\n")
+                self._file.write(b"\n]\n" if self._begun else b"[\n]\n")
                 self._file.close()
 
     def _free(self, track: str, began: float) -> _Lane:
@@ -94,6 +93,8 @@ class Trace:
         for lane in lanes:
             if not lane.open and lane.until <= began:
                 return lane
+        if not any(self._lanes.values()):
+            self._write({"name": "process_name", "ph": "M", "args": {"name": self._name}}, 0)
         lanes.append(lane := _Lane(_MOST * TRACKS.index(track) + len(lanes) + 1))
         shown = track if len(lanes) == 1 else f"{track} {len(lanes)}"
         self._write({"name": "thread_name", "ph": "M", "args": {"name": shown}}, lane.number)

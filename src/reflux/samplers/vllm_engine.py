@@ -76,7 +76,7 @@ class VLLMSampler:
         purpose = requests[0].draw.purpose
         self.flying.begin()
         try:
-            with self.services.clock.span("sampler", "generate"):
+            with self.services.clock.sampling(requests[0].draw):
                 return await together(self._turn(ask) for ask in requests)
         finally:
             self.services.clock.add("sample" if purpose == "train" else purpose, self.flying.end())
