@@ -55,6 +55,7 @@ from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import Mix
+from reflux.tasks.verifiers import Verifiers
 from reflux.tasks.word_problems import WordProblems
 from reflux.teachers.base import Teacher
 from reflux.teachers.flow import Flow as FlowTeacher
@@ -103,7 +104,8 @@ def extrapolation() -> list[Extrapolation]:
 
 
 def tasks() -> list[Task]:
-    return [WordProblems(), Chains(), Gsm8k(), Jsonl("p.jsonl"), Mix({"a": WordProblems()}), Glyphs()]
+    mixed = Mix({"a": WordProblems()})
+    return [WordProblems(), Chains(), Gsm8k(), Jsonl("p.jsonl"), mixed, Verifiers("t"), Glyphs()]
 
 
 def cluster() -> list[Cluster]:
