@@ -29,7 +29,7 @@ credit        prefix position group_advantage release margin freshness balance
 rewards       verifier environment recorded
 learners      flow fsdp hf
 extrapolation  extrapolate
-tasks         word_problems chains shopping calculator ledger gsm8k jsonl mix glyphs
+tasks         word_problems chains shopping calculator ledger gsm8k jsonl mix verifiers glyphs
 evals         accuracy agreement foresight teacher_accuracy test_accuracy
 cluster       ray
 schedules     constant linear cosine steps
@@ -98,6 +98,7 @@ learners.flow           model lr=0.0003 betas=(0.9,0.999) eps=1e-08 weight_decay
 tasks.glyphs            domains=('digits','counts') largest_count=6 held_out=480 weight=1.0
 tasks.jsonl             path=None dataset=None dataset_config=None dataset_split='train' keys=None validation=0.05 test=None
                         instruction='' grader='math' makes='text' route=None weight=1.0
+tasks.verifiers         taskset env='' settings turns=False agent='agent' validation=0.05 limit=0 route=None weight=1.0
 tasks.chains            operations=('add','sub') min_steps=8 max_steps=12 largest=30 longer=0 held_out=500 weight=1.0 largest_given=9 distractors=3
 tasks.shopping          held_out=500 delay_s=0.0 weight=1.0 min_items=2 max_items=4 largest_price=20 drift_every=0
 tasks.calculator        held_out=500 delay_s=0.0 weight=1.0 min_steps=2 max_steps=3 largest=99

@@ -116,6 +116,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "mix": {"parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "largest": 20}}},
     "gsm8k": {"path": ".", "validation": 0.5},
     "jsonl": {"path": "rows.jsonl", "validation": 0.5},
+    "verifiers": {"taskset": "adding", "validation": 0.5},
 }
 
 
@@ -217,6 +218,8 @@ def test_rewards(elsewhere: ProcessPoolExecutor, student: str, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_tasks(elsewhere: ProcessPoolExecutor, tmp_path: Path, kind: str) -> None:
+    if kind == "verifiers":
+        pytest.skip("contract/test_verifiers.py opens it, where its package is installed")
     rows = [
         f'{{"question": "{n} + 1?", "prompt": "{n} + 1?", "answer": "#### {n + 1}"}}\n' for n in range(40)
     ]

@@ -148,7 +148,7 @@ def test_a_missing_package_is_refused_with_the_command(monkeypatch: pytest.Monke
 
 def test_another_version_and_a_missing_taskset_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "0.5.1")
-    assert missing("json").startswith("verifiers 0.5.1 is installed, and only 0.4 is supported.")
+    assert missing("json").startswith("verifiers 0.5.1 is installed, and only version 0.4 is")
     without(monkeypatch, "0.4.3")
     assert missing("json") == missing("owner/JSON@1.2") == ""
     assert missing("no-such-tasks").startswith(
@@ -162,8 +162,10 @@ def test_verdicts_on_texts_are_refused_where_an_environment_judges(monkeypatch: 
     with pytest.raises(ConfigError) as refused:
         checks.join(tiny.load_recipe("rl", {"task": task}))
     said = str(refused.value)
-    assert "rewards.verifier judges texts, and with turns = true only the environment of task gives" in said
-    assert "Remove it with rewards.verifier=none, and use [rewards.environment]." in said
+    assert "rewards.verifier: the verifier takes the verdicts of the task on texts, and only the" in said
+    assert 'environment of this task judges. Use kind = "environment".' in said
+    assert "grader" not in said
+    assert "evals.accuracy judges texts, and with task.turns = true only the environment judges," in said
     assert "Remove it with evals.accuracy=none." in said
     assert Verifiers("json", turns=True).multi_turn
     assert not Verifiers("json", turns=True).judges
@@ -371,7 +373,8 @@ def test_a_run_with_turns_masks_what_the_environment_says(tiny_run: Callable[...
     done = tiny_run(
         "rl",
         task={"kind": "verifiers", "taskset": "guessing", "turns": True, "validation": 0.0},
-        rewards={"environment": {"kind": "environment"}},
+        rewards__verifier="none",
+        rewards__environment={"kind": "environment"},
         steps=1,
         group_size=4,
         prompts_per_step=1,
@@ -395,3 +398,16 @@ def test_the_task_is_a_value() -> None:
     task = Verifiers("adding", settings={"taskset": {"split": "train"}})
     assert pickle.loads(pickle.dumps(task)) == task
     assert replace(task, limit=3) != task
+    everything = Verifiers("a", "b", {"c": 1}, True, "d", 0.25, 7, "e", 2.0)
+    assert pickle.loads(pickle.dumps(everything)) == everything
+
+
+@installed
+@pytest.mark.usefixtures("on_path")
+def test_a_process_that_judges_has_loaded_the_taskset_before_the_first_verdict() -> None:
+    import pickle
+
+    packed = pickle.dumps(Verifiers("adding"))
+    verifiers_data.loaded.cache_clear()
+    pickle.loads(packed)
+    assert verifiers_data.loaded.cache_info().currsize == 1

@@ -59,6 +59,7 @@ from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.ledger import Ledger
 from reflux.tasks.mix import Mix
 from reflux.tasks.shopping import Shopping
+from reflux.tasks.verifiers import Verifiers
 from reflux.tasks.word_problems import WordProblems
 from reflux.teachers.base import Teacher
 from reflux.teachers.flow import Flow as FlowTeacher
@@ -108,7 +109,7 @@ def extrapolation() -> list[Extrapolation]:
 
 def tasks() -> list[Task]:
     stories: list[Task] = [WordProblems(), Chains(), Gsm8k(), Jsonl("p.jsonl"), Mix({"a": WordProblems()})]
-    return [*stories, Shopping(), Calculator(), Ledger(), Glyphs()]
+    return [*stories, Shopping(), Calculator(), Ledger(), Verifiers("t"), Glyphs()]
 
 
 def cluster() -> list[Cluster]:

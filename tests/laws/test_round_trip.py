@@ -63,6 +63,7 @@ PARTS: dict[tuple[str, str], dict[str, Any]] = {
     ("cluster", "ray"): {"samplers": 2, "teachers": {"main": 1}},
     ("samplers", "imported"): {"path": "attempts.jsonl"},
     ("tasks", "jsonl"): {"path": "lines.jsonl"},
+    ("tasks", "verifiers"): {"taskset": "adding", "settings": {"taskset": {"split": "train"}}},
     ("tasks", "mix"): {
         "parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "longer": 2, "weight": 2.0}}
     },

@@ -41,7 +41,12 @@ class Verifier(RewardPart):
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        if not cfg.task.judges:
+        if not cfg.task.judges and cfg.task.multi_turn:
+            yield (
+                f"{where}: the verifier takes the verdicts of the task on texts, and only the environment of "
+                'this task judges. Use kind = "environment".'
+            )
+        elif not cfg.task.judges:
             yield (
                 f'{where}: the verifier takes the verdicts of the task, and with the grader "none" nothing '
                 f"is ever judged. {JUDGED}."

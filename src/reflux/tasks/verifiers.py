@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -67,8 +67,6 @@ class Verifiers(TaskPart):
     # The share of this task in a `mix`.
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
-    rollouts: ClassVar[type[Rollout]] = TokenRollout
-
     def __post_init__(self) -> None:
         try:
             json.dumps(self.settings)
@@ -80,6 +78,21 @@ class Verifiers(TaskPart):
                 where = "settings.id" if key == "id" else "settings.taskset.id"
                 raise ValueError(f"{where} is given by `{'env' if key == 'id' else 'taskset'}`. Remove it")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A process that judges loads the package when it gets the task. In the time limit of a verdict there
+        # would be no room for that.
+        return _restored, (
+            self.taskset,
+            self.env,
+            self.settings,
+            self.turns,
+            self.agent,
+            self.validation,
+            self.limit,
+            self.route,
+            self.weight,
+        )
+
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         from reflux.tasks.verifiers_data import missing
 
@@ -87,14 +100,11 @@ class Verifiers(TaskPart):
             yield f"{where}: {why}"
         if not self.turns:
             return
-        judged = {f"rewards.{name}": part for name, part in cfg.rewards.items()}
-        judged |= {f"evals.{name}": part for name, part in cfg.evals.items()}
-        for name, part in judged.items():
-            if part.verifies:
+        for name, evaluation in cfg.evals.items():
+            if evaluation.verifies:
                 yield (
-                    f"{name} judges texts, and with turns = true only the environment of {where} gives "
-                    f"verdicts, at the end of an episode. Remove it with {name}=none"
-                    f"{', and use [rewards.environment]' if name.startswith('rewards') else ''}."
+                    f"evals.{name} judges texts, and with {where}.turns = true only the environment judges, "
+                    f"at the end of an episode. Remove it with evals.{name}=none."
                 )
 
     @property
@@ -108,6 +118,10 @@ class Verifiers(TaskPart):
     @property
     def multi_turn(self) -> bool:
         return self.turns
+
+    @property
+    def rollouts(self) -> type[Rollout]:
+        return TokenRollout
 
     @property
     def routes(self) -> frozenset[str | None]:
@@ -150,3 +164,13 @@ class Verifiers(TaskPart):
 
         settings = json.dumps(self.settings, sort_keys=True)
         return loaded(self.taskset, self.env, settings, self.agent, self.limit, self.turns)
+
+
+def _restored(*fields: Any) -> Verifiers:
+    """The task in another process."""
+    from reflux.tasks.verifiers_data import missing
+
+    task = Verifiers(*fields)
+    if not task.turns and not missing(task.taskset):
+        next(task.prompts("train", 0))
+    return task
