@@ -27,7 +27,7 @@ CONFLICT = 409
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatSettings:
-    """How a server is reached. url: with its version, such as "https://HOST/v1"."""
+    """How a server is reached. url: with its version, such as "https://HOST:PORT/v1"."""
 
     url: str
     model: str
@@ -56,7 +56,7 @@ class ChatSettings:
     prices: Prices = Prices()
 
 
-class _Failed(Exception):
+class _TryFailed(Exception):
     """A try that failed and that may be repeated. wait_s: how long the server wants to be left alone."""
 
     def __init__(self, reason: str, wait_s: float | None = None):
@@ -184,7 +184,7 @@ class ChatClient:
                     answer = await self._tried(request, body)
                     self._count(request.role, answer)
                     return answer
-        except _Failed as error:
+        except _TryFailed as error:
             failed = error.reason
         raise ServerError(
             f"{self.url} gave no answer in {sent} {'try' if sent == 1 else 'tries'}: {failed}. Check that "
@@ -193,7 +193,7 @@ class ChatClient:
 
     def _wait_of(self, error: Exception) -> bool | float:
         """Whether a try is repeated, and after how many seconds if the server said so."""
-        if not isinstance(error, _Failed):
+        if not isinstance(error, _TryFailed):
             return False
         if error.wait_s is None:
             return True
@@ -212,7 +212,7 @@ class ChatClient:
         try:
             answer = answer_in(completion)
         except BadAnswer as error:
-            raise _Failed(str(error)) from None
+            raise _TryFailed(str(error)) from None
         return replace(answer, text=self._without_key(answer.text))
 
     async def _exchanged(self, request: ChatRequest, body: dict[str, Any]) -> tuple[Any, Exception | None]:
@@ -227,19 +227,19 @@ class ChatClient:
                     "/chat/completions", body=body, cast_to=object, options=options
                 ), None
         except (TimeoutError, openai.APITimeoutError):
-            return None, _Failed(f"no answer within {limit_s:g} s")
+            return None, _TryFailed(f"no answer within {limit_s:g} s")
         except openai.APIStatusError as error:
             return None, self._status(error.status_code, self._clean(_said(error)), error.response.headers)
         except openai.APIError as error:
             cause = type(error.__cause__).__name__ if error.__cause__ else type(error).__name__
-            return None, _Failed(self._clean(f"{cause} {error}"))
+            return None, _TryFailed(self._clean(f"{cause} {error}"))
         except ValueError as error:
             # The body is no JSON.
-            return None, _Failed(self._clean(f"the answer is no complete JSON ({error})"))
+            return None, _TryFailed(self._clean(f"the answer is no complete JSON ({error})"))
 
     def _status(self, status: int, reason: str, headers: Any) -> Exception:
         if status in (*LATER, CONFLICT) or status >= 500:
-            return _Failed(f"status {status} {reason}".strip(), retry_after_s(headers))
+            return _TryFailed(f"status {status} {reason}".strip(), retry_after_s(headers))
         remedy = ""
         if status in (401, 403):
             variable = self.settings.key_variable

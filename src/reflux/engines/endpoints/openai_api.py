@@ -34,8 +34,9 @@ class OpenAI(ChatEndpoint):
     key is read from the environment variable `key_variable` and is written nowhere.
     """
 
-    # with its version, such as "https://HOST/v1"
+    # with its version, which is mostly /v1
     url: str
+    # the name by which the server knows the model
     model: str
     # the name of the environment variable with the key; not set: no key is sent
     key_variable: str | None = None
@@ -57,6 +58,7 @@ class OpenAI(ChatEndpoint):
     limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     # the price of a million tokens, in any currency, for metrics and summary
     prompt_price: Price = 0.0
+    # see `prompt_price`
     completion_price: Price = 0.0
     # a folder for answers that several runs share; not set: one in the run directory
     cache: str | None = None
