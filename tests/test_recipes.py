@@ -132,9 +132,12 @@ def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_staleness:
         with pytest.raises(ConfigError, match="follows the student"):
             tiny_run(recipe, max_staleness=max_staleness)
         return
-    group: dict[str, Any] = {"group_size": 3} if recipe in ("rl", "rl_opd", "rubric") else {}
-    # The rule server solves its own tasks only.
-    task = {"kind": "word_problems" if recipe == "rubric" else "outside:Chat"}
+    group: dict[str, Any] = {"group_size": 3} if recipe in ("rl", "rl_opd") else {}
+    task = {"kind": "outside:Chat"}
+    if recipe == "rubric":
+        # The rule server solves its own tasks only, and the answers of a random student all miss its rules.
+        task = {"kind": "word_problems"}
+        group = {"group_size": 3, "learner__model": "reflux:student", "sampler__max_tokens": 40}
     if recipe == "uni_opd":
         # its teachers serve the routes of its own task
         group = {"teachers__main__routes": ["even"], "teachers__times__routes": ["odd"]}
@@ -165,7 +168,8 @@ def test_a_recipe_runs_with_the_evaluations_it_ships_with(tiny_run: Callable[...
         else {}
     )
     group |= {f"evals__{name}": {**table, **sizes[name]} for name, table in evals.items()}
-    done = tiny_run(recipe, steps=1, prompts_per_step=2, task={"kind": "outside:Chat"}, **group)
+    task = {"kind": "word_problems" if recipe == "rubric" else "outside:Chat"}
+    done = tiny_run(recipe, steps=1, prompts_per_step=2, task=task, **group)
     before, after = done.rows("evals")
     assert set(before) == {"step", *evals}
     assert all(before[name].get("kl_nats") is not None for name in evals if name == "agreement")
