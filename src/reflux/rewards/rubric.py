@@ -40,7 +40,7 @@ __all__ = [
     "weighted_score",
 ]
 
-ROPD = Paper("ropd2026", "Rubric-based on-policy distillation", "2605.07396", 2026)
+ROPD = Paper("ropd", "Rubric-based On-policy Distillation", "2605.07396", 2026)
 Count = Annotated[int, Field(ge=1)]
 Retries = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.engines.endpoints.base import ChatEndpoint, opened
+from reflux.engines.endpoints.base import CLIENT, ChatEndpoint, missing_packages, opened
 from reflux.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,10 +74,19 @@ class OpenAI(ChatEndpoint):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         from reflux.clients.http import checked_url
 
+        yield from missing_packages(where, CLIENT)
         try:
             checked_url(self.url)
         except ConfigError as error:
             yield f"{where}.url: {error}"
+
+    def inputs(self, where: str) -> None:
+        from reflux.clients.http import token_header
+
+        try:
+            token_header(self.key_variable)
+        except ConfigError as error:
+            raise ConfigError(f"{where}.key_variable: {error}") from error
 
     @asynccontextmanager
     async def open(self, context: PartContext, services: Services) -> AsyncIterator[ChatClient]:

@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT, fields_of, kind_of, table_of
-from reflux.engines.endpoints.base import ChatEndpoint, opened
+from reflux.engines.endpoints.base import CLIENT, ChatEndpoint, missing_packages, opened
 from reflux.rewards.oracle.faults import Faults
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class RuleServer(ChatEndpoint):
         return {"kind": "local", "faults": fields_of(self.faults)}
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        yield from missing_packages(where, (*CLIENT, "starlette", "uvicorn"))
         if not cfg.task.solves:
             yield (
                 f"{where}: the rule server solves word_problems and chains only, and the task is "
