@@ -37,6 +37,7 @@ from reflux.config.thresholds import Health  # noqa: E402
 from reflux.credit.group_advantage import group_advantages  # noqa: E402
 from reflux.metrics.values import step_flops  # noqa: E402
 from reflux.models.settings import Average, FlowLora, Lora, Merge  # noqa: E402
+from reflux.rewards.oracle.faults import Faults  # noqa: E402
 from reflux.storage.summary import method_of  # noqa: E402
 
 NOTES: dict[str, Any] = tomllib.loads((DOCS / "notes.toml").read_text())
@@ -49,6 +50,7 @@ TABLES = {
     "learners.flow.lora": FlowLora,
     "learners.flow.merge": Merge,
     "learners.flow.average": Average,
+    "endpoints.local.faults": Faults,
 }
 # The place in a recipe where a part of each group is named.
 WHERE = {
@@ -63,6 +65,7 @@ WHERE = {
     "extrapolation": "`[extrapolation]`",
     "evals": "`[evals.NAME]`",
     "cluster": "`[cluster]`",
+    "endpoints": "`[rewards.NAME.judge]`, `[rewards.NAME.teacher]` or `[task.teacher]`",
     "schedules": "the value of any key that takes a schedule",
 }
 MATHS = (

@@ -12,7 +12,7 @@ import pytest
 
 from fake_chat import FakeChat, Reply, chatting, refused
 from reflux import checks
-from reflux.cli.answers import fill_answers
+from reflux.cli.fill_answers import fill_answers
 from reflux.config.recipe import load_recipe
 from reflux.config.registry import build
 from reflux.errors import ConfigError, DataError, RunError, ServerError

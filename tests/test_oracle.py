@@ -26,8 +26,8 @@ from reflux.rewards.chat_prompts import filled, labelled, prompt_text
 from reflux.rewards.judge_forms import parse_preference, parse_score
 from reflux.rewards.marked import Marked, marked, read_marked, tag_of
 from reflux.rewards.oracle import rules
-from reflux.rewards.oracle.answers import OPENINGS, Oracle
 from reflux.rewards.oracle.faults import Faults
+from reflux.rewards.oracle.rule_answers import OPENINGS, Oracle
 from reflux.rewards.oracle.server import serving
 from reflux.rewards.rubric_forms import Rubric, final_scores, parse_rubric, parse_verdicts, weighted_score
 from reflux.tasks.chains import Chains

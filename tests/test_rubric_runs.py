@@ -13,8 +13,8 @@ import pytest
 
 from reflux.errors import ServerError, Stopped
 from reflux.rewards.oracle import rules
-from reflux.rewards.oracle.answers import Oracle
 from reflux.rewards.oracle.faults import Faults
+from reflux.rewards.oracle.rule_answers import Oracle
 from reflux.rewards.oracle.server import serving
 from reflux.tasks.word_problems import WordProblems
 from tiny import same

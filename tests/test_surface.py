@@ -18,7 +18,7 @@ from reflux.config.groups import GROUPS
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.config.registry import kinds, part
 
-VERBS = "run plan eval report difficulty list cite doctor"
+VERBS = "run plan eval report difficulty answers serve-oracle list cite doctor"
 
 REGISTERED = """
 samplers      hf references imported flow vllm teacher_samples
@@ -26,12 +26,13 @@ teachers      flow local self vllm
 contexts      same peers privileged replay
 objectives    sampled_kl divergence nll policy_gradient velocity_kl
 credit        prefix position group_advantage release margin freshness balance
-rewards       verifier environment recorded
+rewards       verifier environment recorded rubric judge
 learners      flow fsdp hf
 extrapolation  extrapolate
-tasks         word_problems chains shopping calculator ledger gsm8k jsonl mix verifiers glyphs
+tasks         word_problems chains shopping calculator ledger gsm8k jsonl answered mix verifiers glyphs
 evals         accuracy agreement foresight teacher_accuracy test_accuracy
 cluster       ray
+endpoints     openai local
 schedules     constant linear cosine steps
 """
 
@@ -82,6 +83,12 @@ credit.release          k=4 min_segments=8 min_side=3 min_gain=0.0 segments='sen
 rewards.verifier        timeout_s=10.0 workers=1 weight=1.0
 rewards.environment     weight=1.0
 rewards.recorded        weight=1.0
+rewards.rubric          judge teacher=None references=4 teacher_temperature=1.0 teacher_max_tokens=8192 teacher_timeout_s=120.0
+                        rubric_temperature=0.7 rubric_max_tokens=8192 rubric_timeout_s=120.0 rubric_repairs=2
+                        verdicts_temperature=0.0 verdicts_max_tokens=4096 verdicts_timeout_s=60.0 verdicts_repairs=1
+                        verifier_chunk=0 blind=True max_failed_share=0.4 rubric_prompt=None verdicts_prompt=None weight=1.0
+rewards.judge           judge mode='score' temperature=0.0 max_tokens=1024 timeout_s=60.0 repairs=1 max_failed_share=0.4 prompt=None
+                        weight=1.0
 extrapolation.extrapolate
                         tries=5 prompts=50 samples=1 accept='better' rescore_incumbent=False score='accuracy' teacher='main'
                         max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')
@@ -99,6 +106,7 @@ tasks.glyphs            domains=('digits','counts') largest_count=6 held_out=480
 tasks.jsonl             path=None dataset=None dataset_config=None dataset_split='train' keys=None validation=0.05 test=None
                         instruction='' grader='math' makes='text' route=None weight=1.0
 tasks.verifiers         taskset env='' settings turns=False agent='agent' validation=0.05 limit=0 route=None weight=1.0
+tasks.answered          of teacher path answers=4 temperature=1.0 max_tokens=8192 timeout_s=120.0 weight=1.0
 tasks.chains            operations=('add','sub') min_steps=8 max_steps=12 largest=30 longer=0 held_out=500 weight=1.0 largest_given=9 distractors=3
 tasks.shopping          held_out=500 delay_s=0.0 weight=1.0 min_items=2 max_items=4 largest_price=20 drift_every=0
 tasks.calculator        held_out=500 delay_s=0.0 weight=1.0 min_steps=2 max_steps=3 largest=99
@@ -112,6 +120,9 @@ evals.test_accuracy     problems=500 max_tokens=None teacher='main' examples=0
 cluster.ray             address=None samplers=0 teachers={} learner_ranks=1 cpus_per_sampler=1.0 gpus_per_sampler=0.0 cpus_per_teacher=1.0
                         gpus_per_teacher=0.0 cpus_per_rank=1.0 gpus_per_rank=0.0 strategy='PACK' object_store_mb=0 restarts=3
                         start_timeout_s=900.0
+endpoints.openai        url model key_variable=None concurrency=32 requests_per_minute=1920 tokens_per_minute=0 timeout_s=120.0 tries=3
+                        structured='auto' limit_key='max_tokens' prompt_price=0.0 completion_price=0.0 cache=None
+endpoints.local         faults concurrency=32 timeout_s=60.0 tries=3
 schedules.constant      value
 schedules.linear        start stop=None increment=None warmup=0 horizon=0
 schedules.cosine        peak floor=0.0 warmup=0 horizon=0

@@ -201,7 +201,7 @@ def again(name: str) -> dict[str, Any]:
 
 
 def test_the_recipe_runs_with_the_pair_and_its_teacher_is_asked_again(tmp_path: Path) -> None:
-    """Three steps, and prices that change at each. At staleness 2 all attempts of these steps begin before the
+    """Three steps, and prices that change at each. At staleness 2 all attempts begin before the
     first one is completed.
     """
     changes = {

@@ -1,4 +1,6 @@
-"""The training loop. The same loop serves every method, synchronous or asynchronous."""
+"""The training loop. The same loop serves every method, synchronous or asynchronous, for texts and
+flows.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
     """Train a student and return the run's summary (the content of summary.json).
 
     A step: prompts -> student samples -> rewards -> teachers answer -> credit -> optimiser step -> publish.
-    At most `max_staleness` optimiser steps lie between sampling and learning; 0 is strictly on-policy. The
-    loop is the same for text and for flows.
+    At most `max_staleness` optimiser steps lie between sampling and learning; 0 is strictly on-policy.
     """
     if cfg.learner.follow():
         # Another process runs this loop. This one has held a part of its student.

@@ -214,7 +214,9 @@ def test_every_problem_is_told_at_once() -> None:
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_the_shipped_recipes_fit(recipe: str) -> None:
     requirements = checks.join(load_recipe(recipe))
-    assert requirements.reward == (recipe in ("rl", "rl_opd", "uni_opd", "peers", "everything", "flow_grpo"))
+    assert requirements.reward == (
+        recipe in ("rl", "rl_opd", "uni_opd", "peers", "everything", "flow_grpo", "rubric")
+    )
 
 
 def test_biased_sampling_may_be_asked_for() -> None:
@@ -296,7 +298,7 @@ def test_warnings_name_what_is_seldom_meant() -> None:
     assert all(
         checks.warnings(load_recipe(name)) == []
         for name in recipe_names()
-        if name not in ("rl", "rl_opd", "prefix")
+        if name not in ("rl", "rl_opd", "prefix", "rubric")
     )
 
 

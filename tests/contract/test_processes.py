@@ -114,6 +114,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "ledger": {},
     "glyphs": {},
     "mix": {"parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "largest": 20}}},
+    "answered": {"of": {"kind": "word_problems"}, "teacher": {"kind": "local"}, "path": "index.jsonl"},
     "gsm8k": {"path": ".", "validation": 0.5},
     "jsonl": {"path": "rows.jsonl", "validation": 0.5},
     "verifiers": {"taskset": "adding", "validation": 0.5},
@@ -227,6 +228,10 @@ def test_tasks(elsewhere: ProcessPoolExecutor, tmp_path: Path, kind: str) -> Non
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     fields = {key: str(tmp_path / value) if key == "path" else value for key, value in TASKS[kind].items()}
     part = build("tasks", {"kind": kind, **fields}, "task")
+    if stored := part.stored_answers:
+        asked = islice(stored.task.prompts("train", 5), 3)
+        lines = [json.dumps(stored.line(prompt, ["a", "b", "c", "d"])) + "\n" for prompt in asked]
+        stored.path.write_text("".join(lines))
     same_bits(
         elsewhere, "task", part, None, {"made": alone.as_pictures if kind == "glyphs" else alone.as_texts}
     )

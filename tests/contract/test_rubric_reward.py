@@ -19,7 +19,8 @@ import tiny
 from fake_chat import FakeChat, Reply, chatting, refused
 from reflux.config.recipe import load_recipe
 from reflux.config.registry import build
-from reflux.errors import DataError, ServerError
+from reflux.engines.endpoints import base as endpoints
+from reflux.errors import ConfigError, DataError, ServerError
 from reflux.rewards.base import refuse_unjudged
 from reflux.rewards.chat_prompts import SHIPPED
 from reflux.rewards.marked import read_marked
@@ -355,6 +356,27 @@ def test_what_cannot_work_is_refused() -> None:
     assert [
         "group_size >= 2" in text for text in pairwise.refusals("r", load_recipe("rubric", {"group_size": 1}))
     ] == [True]
+
+
+def test_an_endpoint_that_cannot_be_asked_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_recipe("rubric")
+    table = {"kind": "openai", "url": "http://h/v1", "model": "m", "key_variable": "REFLUX_TEST_KEY"}
+    good = build("endpoints", table, "e")
+    assert list(good.refusals("e", cfg)) == []
+    for url in ("h:1", "http://me:secret@h/v1"):
+        (reason,) = build("endpoints", {**table, "url": url}, "e").refusals("e", cfg)
+        assert reason.startswith("e.url: ")
+        assert "secret" not in reason
+    monkeypatch.delenv("REFLUX_TEST_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"e.key_variable: .* REFLUX_TEST_KEY"):
+        good.inputs("e")
+    monkeypatch.setenv("REFLUX_TEST_KEY", "k")
+    good.inputs("e")
+    monkeypatch.setattr(endpoints, "find_spec", lambda name: None if name == "stamina" else name)
+    for part in (good, build("endpoints", local(), "e")):
+        (reason,) = part.refusals("e", cfg)
+        assert "the packages stamina are not installed" in reason
+        assert "reflux[chat]" in reason
 
 
 # --- judge

@@ -21,6 +21,8 @@ from reflux.credit.margin import Margin
 from reflux.credit.position import Position
 from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release
+from reflux.engines.endpoints.base import Endpoint
+from reflux.engines.endpoints.openai_api import OpenAI
 from reflux.evals.accuracy import Accuracy
 from reflux.evals.agreement import Agreement
 from reflux.evals.base import Eval
@@ -41,7 +43,10 @@ from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.rewards.base import RewardFn
 from reflux.rewards.environment_reward import EnvironmentReward
+from reflux.rewards.judge import JudgeReward
+from reflux.rewards.oracle.rule_server import RuleServer
 from reflux.rewards.recorded import RecordedReward
+from reflux.rewards.rubric import RubricReward
 from reflux.rewards.verifier import Verifier
 from reflux.samplers.base import Sampler
 from reflux.samplers.flow import Flow as FlowSampler
@@ -50,6 +55,7 @@ from reflux.samplers.imported import Imported
 from reflux.samplers.references import References
 from reflux.samplers.teacher_samples import TeacherSamples
 from reflux.samplers.vllm import VLLM as VLLMSampler
+from reflux.tasks.answered import Answered
 from reflux.tasks.base import Task
 from reflux.tasks.calculator import Calculator
 from reflux.tasks.chains import Chains
@@ -96,7 +102,12 @@ def credit() -> list[CreditRule]:
 
 
 def rewards() -> list[RewardFn]:
-    return [Verifier(), EnvironmentReward(), RecordedReward()]
+    judged: list[RewardFn] = [RubricReward(RuleServer()), JudgeReward(RuleServer())]
+    return [Verifier(), EnvironmentReward(), RecordedReward(), *judged]
+
+
+def endpoints() -> list[Endpoint]:
+    return [RuleServer(), OpenAI("http://localhost:8000/v1", "m")]
 
 
 def learners() -> list[Learner]:
@@ -108,8 +119,9 @@ def extrapolation() -> list[Extrapolation]:
 
 
 def tasks() -> list[Task]:
+    answered = Answered(WordProblems(), RuleServer(), "answers.jsonl")
     stories: list[Task] = [WordProblems(), Chains(), Gsm8k(), Jsonl("p.jsonl"), Mix({"a": WordProblems()})]
-    return [*stories, Shopping(), Calculator(), Ledger(), Verifiers("t"), Glyphs()]
+    return [*stories, Shopping(), Calculator(), Ledger(), Verifiers("t"), Glyphs(), answered]
 
 
 def cluster() -> list[Cluster]:

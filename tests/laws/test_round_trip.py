@@ -64,6 +64,14 @@ PARTS: dict[tuple[str, str], dict[str, Any]] = {
     ("samplers", "imported"): {"path": "attempts.jsonl"},
     ("tasks", "jsonl"): {"path": "lines.jsonl"},
     ("tasks", "verifiers"): {"taskset": "adding", "settings": {"taskset": {"split": "train"}}},
+    ("tasks", "answered"): {
+        "of": {"kind": "word_problems"},
+        "teacher": {"kind": "local", "faults": {"busy": 0.5}},
+        "path": "answers.jsonl",
+    },
+    ("rewards", "rubric"): {"judge": {"kind": "local"}},
+    ("rewards", "judge"): {"judge": {"kind": "openai", "url": "http://127.0.0.1:8000/v1", "model": "m"}},
+    ("endpoints", "openai"): {"url": "http://127.0.0.1:8000/v1", "model": "m"},
     ("tasks", "mix"): {
         "parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "longer": 2, "weight": 2.0}}
     },

@@ -161,7 +161,7 @@ def answers(
     ] = 0,
 ) -> None:
     """Ask a teacher once for answers to the training prompts of a recipe with the task `answered`."""
-    from reflux.cli.answers import fill_answers
+    from reflux.cli.fill_answers import fill_answers
 
     fill_answers(recipe, overrides or [], prompts)
 

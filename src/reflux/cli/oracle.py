@@ -10,8 +10,8 @@ from rich.console import Console
 from reflux.config.overrides import nest, split_override, unpack
 from reflux.config.registry import build
 from reflux.errors import ConfigError
-from reflux.rewards.oracle.answers import Oracle
-from reflux.rewards.oracle.local import Local
+from reflux.rewards.oracle.rule_answers import Oracle
+from reflux.rewards.oracle.rule_server import RuleServer
 from reflux.rewards.oracle.server import MODEL, uvicorn_server
 from reflux.tasks.base import Task
 
@@ -30,7 +30,7 @@ def serve_oracle(settings: list[str], host: str, port: int) -> None:
             raise ConfigError(f"{path}: write a setting as task.KEY=VALUE or faults.KEY=VALUE")
         table[first] |= nest(rest, unpack(value), table[first])
     task: Task = build("tasks", table["task"], "task")
-    endpoint: Local = build("endpoints", {"kind": "local", "faults": table["faults"]}, "endpoint")
+    endpoint: RuleServer = build("endpoints", {"kind": "local", "faults": table["faults"]}, "endpoint")
     if not task.solves:
         raise ConfigError("task.kind: this task cannot be solved by rule. Use word_problems or chains")
     server = uvicorn_server(Oracle(task, endpoint.faults), host, port, "warning")

@@ -7,6 +7,7 @@ the rates. They are installed with the extra `chat`.
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from reflux.clients.chat_cache import ChatCache
 from reflux.clients.chat_messages import REPAIR, ChatAnswer, ChatRequest, answer_in
-from reflux.clients.http import LATER, MOST_TEXT, checked_url, token_header
+from reflux.clients.http import KEEPALIVE_S, LATER, MOST_TEXT, checked_url, token_header
 from reflux.clients.retry_after import retry_after_s
 from reflux.clients.usage import Prices, Usage
 from reflux.errors import BadAnswer, ConfigError, ServerError, ServerRefused
@@ -27,7 +28,7 @@ CONFLICT = 409
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatSettings:
-    """How a server is reached. url: with its version, such as "https://HOST/v1"."""
+    """How a server is reached. url: with its version, such as "https://HOST:PORT/v1"."""
 
     url: str
     model: str
@@ -56,7 +57,7 @@ class ChatSettings:
     prices: Prices = Prices()
 
 
-class _Failed(Exception):
+class _TryFailed(Exception):
     """A try that failed and that may be repeated. wait_s: how long the server wants to be left alone."""
 
     def __init__(self, reason: str, wait_s: float | None = None):
@@ -94,7 +95,7 @@ class ChatClient:
         self._tokens = aiolimiter.AsyncLimiter(tokens, 60) if tokens else None
         # Without a key the package wants to be told that none is meant.
         self._headers = {} if self._key else {"Authorization": openai.Omit()}
-        self._api = _connected(openai, self.url, self._key)
+        self._api = _connected(openai, self.url, self._key, settings.concurrency)
 
     async def __aenter__(self) -> ChatClient:
         await self._api.__aenter__()
@@ -184,7 +185,7 @@ class ChatClient:
                     answer = await self._tried(request, body)
                     self._count(request.role, answer)
                     return answer
-        except _Failed as error:
+        except _TryFailed as error:
             failed = error.reason
         raise ServerError(
             f"{self.url} gave no answer in {sent} {'try' if sent == 1 else 'tries'}: {failed}. Check that "
@@ -193,7 +194,7 @@ class ChatClient:
 
     def _wait_of(self, error: Exception) -> bool | float:
         """Whether a try is repeated, and after how many seconds if the server said so."""
-        if not isinstance(error, _Failed):
+        if not isinstance(error, _TryFailed):
             return False
         if error.wait_s is None:
             return True
@@ -212,7 +213,7 @@ class ChatClient:
         try:
             answer = answer_in(completion)
         except BadAnswer as error:
-            raise _Failed(str(error)) from None
+            raise _TryFailed(str(error)) from None
         return replace(answer, text=self._without_key(answer.text))
 
     async def _exchanged(self, request: ChatRequest, body: dict[str, Any]) -> tuple[Any, Exception | None]:
@@ -227,19 +228,19 @@ class ChatClient:
                     "/chat/completions", body=body, cast_to=object, options=options
                 ), None
         except (TimeoutError, openai.APITimeoutError):
-            return None, _Failed(f"no answer within {limit_s:g} s")
+            return None, _TryFailed(f"no answer within {limit_s:g} s")
         except openai.APIStatusError as error:
             return None, self._status(error.status_code, self._clean(_said(error)), error.response.headers)
         except openai.APIError as error:
             cause = type(error.__cause__).__name__ if error.__cause__ else type(error).__name__
-            return None, _Failed(self._clean(f"{cause} {error}"))
+            return None, _TryFailed(self._clean(f"{cause} {error}"))
         except ValueError as error:
             # The body is no JSON.
-            return None, _Failed(self._clean(f"the answer is no complete JSON ({error})"))
+            return None, _TryFailed(self._clean(f"the answer is no complete JSON ({error})"))
 
     def _status(self, status: int, reason: str, headers: Any) -> Exception:
         if status in (*LATER, CONFLICT) or status >= 500:
-            return _Failed(f"status {status} {reason}".strip(), retry_after_s(headers))
+            return _TryFailed(f"status {status} {reason}".strip(), retry_after_s(headers))
         remedy = ""
         if status in (401, 403):
             variable = self.settings.key_variable
@@ -272,11 +273,14 @@ def _repair(reason: str) -> dict[str, str]:
     return {"role": "user", "content": REPAIR.format(reason=reason)}
 
 
-def _connected(openai: Any, url: str, key: str) -> Any:
+def _connected(openai: Any, url: str, key: str, concurrency: int) -> Any:
     """The package's client, without its own retries and without what it reads from the environment."""
     # Version 3 uses httpx2, version 2 httpx.
     second = int(openai.__version__.split(".")[0]) < 3
     transport = openai.DefaultAsyncHttpxClient if second else openai.DefaultAsyncHttpx2Client
+    limits = importlib.import_module("httpx" if second else "httpx2").Limits(
+        max_keepalive_connections=concurrency, keepalive_expiry=KEEPALIVE_S
+    )
     nothing = openai.Omit()
     return openai.AsyncOpenAI(
         api_key=key or "none",
@@ -285,7 +289,7 @@ def _connected(openai: Any, url: str, key: str) -> Any:
         # The limit of a whole try is kept by `asyncio.timeout`.
         timeout=None,
         default_headers={"OpenAI-Organization": nothing, "OpenAI-Project": nothing},
-        http_client=transport(trust_env=False),
+        http_client=transport(trust_env=False, limits=limits),
     )
 
 

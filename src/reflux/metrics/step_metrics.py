@@ -39,10 +39,9 @@ def step_metrics(
     stats: the learner's numbers. ran: the positions that the learner ran. groups: the attempts of the step.
     version: of the policy before this step. tables: the alias of each teacher, by the teacher's key in the
     recipe (NAME of `[teachers.NAME]`). teacher_macs: multiply-accumulates of one position, by the same key.
-    services: their clock has the seconds by kind of work ("sample", "teach", "learn", ...), and their usage
-    the requests to chat servers since the last step. discarded: computation for attempts
-    of this step that were discarded and sampled again. scored: the cost of scoring weights for extrapolation
-    since the last step; None if none were scored. on_policy: True if the student sampled the attempts.
+    services: their clock and usage are read. discarded: computation for attempts of this step that were
+    discarded and sampled again. scored: the cost of scoring weights for extrapolation since the last step;
+    None if none were scored. on_policy: True if the student sampled the attempts.
     """
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
@@ -70,8 +69,7 @@ def step_metrics(
         **_by_teacher(live, by_table, tables),
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
-        "seconds": services.clock.take(),
-        **({"chat": chat} if (chat := services.usage.take()) else {}),
+        **_spent(services),
         "flops": flops(ran, teacher_macs, everything),
         "credit": _credit(live),
         "context": _context(live),
@@ -175,6 +173,12 @@ def _share(share: Credit, mask_T: np.ndarray) -> Stats:
             key: Mean(note, 1) if isinstance(note, float | int) else note for key, note in share.notes.items()
         },
     }
+
+
+def _spent(services: Services) -> dict[str, Any]:
+    """What was used since the last step: seconds, and the requests to chat servers if there were any."""
+    used = services.usage.take()
+    return {"seconds": services.clock.take(), **({"chat": used} if used else {})}
 
 
 def _peak_memory() -> int:

@@ -37,8 +37,10 @@ class JudgeReward(RewardPart):
     `parts` of mode "pairwise": `orders_differ`, the share of pairs of the group on which the orders disagree.
     """
 
+    # scores or compares
     judge: Annotated[Endpoint, PartOf("endpoints")]
     mode: Literal["score", "pairwise"] = "score"
+    # of the judge's answers
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     # of the judge's answer
     max_tokens: Annotated[int, Field(ge=1)] = 1024
@@ -50,6 +52,7 @@ class JudgeReward(RewardPart):
     max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.4
     # a file with another prompt; not set: the shipped one of the mode
     prompt: str | None = None
+    # the factor of this reward's values in the sum of several rewards
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
     @property

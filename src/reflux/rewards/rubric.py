@@ -40,7 +40,7 @@ __all__ = [
     "weighted_score",
 ]
 
-ROPD = Paper("ropd2026", "Rubric-based on-policy distillation", "2605.07396", 2026)
+ROPD = Paper("ropd", "Rubric-based On-policy Distillation", "2605.07396", 2026)
 Count = Annotated[int, Field(ge=1)]
 Retries = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -70,16 +70,25 @@ class RubricReward(RewardPart):
     teacher: Annotated[Endpoint | None, PartOf("endpoints")] = None
     # teacher's answers to each prompt
     references: Count = 4
+    # of the teacher's answers
     teacher_temperature: Temperature = 1.0
+    # of an answer of the teacher; a cut one is not accepted
     teacher_max_tokens: Count = 8192
+    # seconds of one try
     teacher_timeout_s: Seconds = 120.0
+    # of the rubrics
     rubric_temperature: Temperature = 0.7
+    # of a rubric
     rubric_max_tokens: Count = 8192
+    # seconds of one try
     rubric_timeout_s: Seconds = 120.0
     # further tries after a rubric that cannot be used
     rubric_repairs: Retries = 2
+    # of the verdicts
     verdicts_temperature: Temperature = 0.0
+    # of the verdicts of one call
     verdicts_max_tokens: Count = 4096
+    # seconds of one try
     verdicts_timeout_s: Seconds = 60.0
     # further tries after verdicts that cannot be used
     verdicts_repairs: Retries = 1
@@ -91,7 +100,9 @@ class RubricReward(RewardPart):
     max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.4
     # files with other prompts; not set: the shipped ones
     rubric_prompt: str | None = None
+    # see `rubric_prompt`
     verdicts_prompt: str | None = None
+    # the factor of this reward's values in the sum of several rewards
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
     @property

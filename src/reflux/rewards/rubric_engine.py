@@ -38,7 +38,7 @@ Source = Literal["reference", "student"]
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class PooledText:
     """A text to be judged, and where it occurs first."""
 
     source: Source
@@ -46,20 +46,20 @@ class Judged:
     text: str
 
 
-def pool(prompt_id: str, references: Sequence[str], students: Sequence[str], blind: bool) -> list[Judged]:
+def pool(prompt_id: str, references: Sequence[str], students: Sequence[str], blind: bool) -> list[PooledText]:
     """The different texts of both, each once. blind: in an order that their digests decide, which is the
     same in every run; else the references come first.
     """
     written: list[tuple[Source, Sequence[str]]] = [("reference", references), ("student", students)]
-    first: dict[str, Judged] = {}
+    first: dict[str, PooledText] = {}
     for source, texts in written:
         for index, text in enumerate(texts):
-            first.setdefault(text, Judged(source, index, text))
+            first.setdefault(text, PooledText(source, index, text))
     found = list(first.values())
     return sorted(found, key=lambda one: _digest(prompt_id, one)) if blind else found
 
 
-def _digest(prompt_id: str, one: Judged) -> str:
+def _digest(prompt_id: str, one: PooledText) -> str:
     return hashlib.sha256(json.dumps([prompt_id, one.source, one.index, one.text]).encode()).hexdigest()
 
 
@@ -114,7 +114,7 @@ class OpenRubric(GroupJudge):
         return (await self._judge.parsed(request, parse_rubric, part.rubric_repairs))[0]
 
     async def _verdicts(
-        self, question: str, rubric: Rubric, answers: Sequence[Judged]
+        self, question: str, rubric: Rubric, answers: Sequence[PooledText]
     ) -> Mapping[str, list[bool]]:
         """The verdicts on each of these answers, by its text."""
         part, count, criteria = self._part, len(answers), len(rubric.criteria)

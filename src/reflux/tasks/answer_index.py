@@ -20,7 +20,6 @@ from reflux.errors import DataError
 from reflux.types import Prompt
 
 if TYPE_CHECKING:
-    from reflux.engines.endpoints.base import Endpoint
     from reflux.tasks.base import Task
 
 # Part of every fingerprint: another way to ask gets another number.
@@ -34,7 +33,8 @@ class StoredAnswers:
     path: Path
     # the task without the answers
     task: Task
-    teacher: Endpoint
+    # an `Endpoint`, which knows the types of a run and is therefore not named here
+    teacher: Any
     sampling: TeacherSampling
 
     @property

@@ -32,6 +32,7 @@ class Answered(TaskPart):
     line. Prompts of other splits, and the verdicts, are those of the task `of`.
     """
 
+    # the task whose prompts are answered
     of: Annotated[Task, PartOf("tasks")]
     # who answers
     teacher: Annotated[Endpoint, PartOf("endpoints")]
@@ -39,6 +40,7 @@ class Answered(TaskPart):
     path: str
     # the number of answers to each prompt
     answers: Annotated[int, Field(ge=1)] = 4
+    # of the answers
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     # of an answer; a cut one is not accepted
     max_tokens: Annotated[int, Field(ge=1)] = 8192

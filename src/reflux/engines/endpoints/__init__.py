@@ -2,5 +2,5 @@
 
 ENDPOINTS = {
     "openai": "reflux.engines.endpoints.openai_api:OpenAI",
-    "local": "reflux.rewards.oracle.local:Local",
+    "local": "reflux.rewards.oracle.rule_server:RuleServer",
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,8 +16,21 @@ if TYPE_CHECKING:
     from reflux.runtime.services import Services
 
 
+# the packages of the client
+CLIENT = ("aiolimiter", "openai", "stamina")
+
+
 class ChatEndpoint(Part, Protocol):
     """The base class of endpoints."""
+
+
+def missing_packages(where: str, packages: Iterable[str]) -> Iterable[str]:
+    """The refusal of an endpoint whose packages are not installed. where: the path of its table."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        yield (
+            f"{where}: the packages {', '.join(missing)} are not installed. Install them with: pip install "
+            "'reflux[chat]'"
+        )
 
 
 class Endpoint(ChatEndpoint, Protocol):

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.engines.endpoints.base import ChatEndpoint, opened
+from reflux.engines.endpoints.base import CLIENT, ChatEndpoint, missing_packages, opened
 from reflux.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ class OpenAI(ChatEndpoint):
     key is read from the environment variable `key_variable` and is written nowhere.
     """
 
-    # with its version, such as "https://HOST/v1"
+    # with its version, which is mostly /v1
     url: str
+    # the name by which the server knows the model
     model: str
     # the name of the environment variable with the key; not set: no key is sent
     key_variable: str | None = None
@@ -57,6 +58,7 @@ class OpenAI(ChatEndpoint):
     limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     # the price of a million tokens, in any currency, for metrics and summary
     prompt_price: Price = 0.0
+    # see `prompt_price`
     completion_price: Price = 0.0
     # a folder for answers that several runs share; not set: one in the run directory
     cache: str | None = None
@@ -72,10 +74,19 @@ class OpenAI(ChatEndpoint):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         from reflux.clients.http import checked_url
 
+        yield from missing_packages(where, CLIENT)
         try:
             checked_url(self.url)
         except ConfigError as error:
             yield f"{where}.url: {error}"
+
+    def inputs(self, where: str) -> None:
+        from reflux.clients.http import token_header
+
+        try:
+            token_header(self.key_variable)
+        except ConfigError as error:
+            raise ConfigError(f"{where}.key_variable: {error}") from error
 
     @asynccontextmanager
     async def open(self, context: PartContext, services: Services) -> AsyncIterator[ChatClient]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from reflux.clients.chat import ChatClient
 from reflux.clients.chat_messages import ChatRequest
 from reflux.errors import BadAnswer
+from reflux.runtime.together import together
 from reflux.types import Message
 
 
@@ -42,7 +42,7 @@ async def teacher_answers(
         temperature=sampling.temperature,
     )
     requests = (replace(asked, seed=seed) for seed in range(sampling.count))
-    return list(await asyncio.gather(*(_whole(client, request) for request in requests)))
+    return await together(_whole(client, request) for request in requests)
 
 
 async def _whole(client: ChatClient, request: ChatRequest) -> str:

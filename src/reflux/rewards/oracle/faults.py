@@ -29,9 +29,11 @@ class Faults:
     wrong_verdicts: Share = 0.0
     # answers that come `slow_s` seconds later
     slow: Share = 0.0
+    # see `slow`
     slow_s: Seconds = 1.0
     # status 429, with `retry_after_s` in its header
     busy: Share = 0.0
+    # see `busy`
     retry_after_s: Seconds = 0.1
     # status 500
     failing: Share = 0.0
@@ -51,6 +53,7 @@ class Faults:
     swapped: Share = 0.0
     # True: requests with a `response_format` are refused with status 400
     refuses_forms: bool = False
+    # another seed strikes other requests
     seed: int = 0
 
     def strikes(self, share: float, name: str, *key: object) -> bool:

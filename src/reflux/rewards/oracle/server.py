@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from reflux.errors import ConfigError, ServerError
-from reflux.rewards.oracle.answers import Oracle, Unanswerable
+from reflux.rewards.oracle.rule_answers import Oracle, Unanswerable
 
 if TYPE_CHECKING:
     import uvicorn

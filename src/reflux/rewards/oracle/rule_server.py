@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT, fields_of, kind_of, table_of
-from reflux.engines.endpoints.base import ChatEndpoint, opened
+from reflux.engines.endpoints.base import CLIENT, ChatEndpoint, missing_packages, opened
 from reflux.rewards.oracle.faults import Faults
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Local(ChatEndpoint):
+class RuleServer(ChatEndpoint):
     """A server on this machine that answers, writes rubrics and judges by rule, for the tasks `word_problems`
     and `chains`. It starts with the part that asks it, on a free port, and speaks HTTP as any other server.
 
@@ -30,7 +30,9 @@ class Local(ChatEndpoint):
     knows the truth: it tests a recipe, and not whether a language model judges well.
     """
 
+    # what the server does wrong
     faults: Faults = Faults()
+    # the most requests in flight
     concurrency: Annotated[int, Field(ge=1)] = 32
     # seconds of one try
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
@@ -46,6 +48,7 @@ class Local(ChatEndpoint):
         return {"kind": "local", "faults": fields_of(self.faults)}
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        yield from missing_packages(where, (*CLIENT, "starlette", "uvicorn"))
         if not cfg.task.solves:
             yield (
                 f"{where}: the rule server solves word_problems and chains only, and the task is "
@@ -55,7 +58,7 @@ class Local(ChatEndpoint):
     @asynccontextmanager
     async def open(self, context: PartContext, services: Services) -> AsyncIterator[ChatClient]:
         from reflux.clients.chat import ChatSettings
-        from reflux.rewards.oracle.answers import Oracle
+        from reflux.rewards.oracle.rule_answers import Oracle
         from reflux.rewards.oracle.server import MODEL, serving
 
         identity = json.dumps([self.fingerprint, table_of("tasks", context.task)], sort_keys=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from reflux.clients.chat import ChatClient
-from reflux.config.recipe import load_recipe, part_context
+from reflux.config.recipe import RunConfig, load_recipe, part_context
 from reflux.config.requirements import Requirements
 from reflux.engines.endpoints.teacher_answers import teacher_answers
 from reflux.errors import ConfigError, ServerError
@@ -48,25 +48,14 @@ def fill_answers(recipe: str, overrides: list[str], count: int) -> None:
         raise ConfigError("\n".join(reasons))
     prompts = training_prompts(stored.task, cfg.seed, count or cfg.steps * cfg.prompts_per_step)[0]
     stored.path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        stored.path.with_name(f".{stored.path.name}.lock").open("w") as lock,
-        tempfile.TemporaryDirectory() as scratch,
-        closing(Services(cfg.learner.student)) as services,
-    ):
+    with stored.path.with_name(f".{stored.path.name}.lock").open("w") as lock:
         if note := take_lock(lock, stored.path):
             console.print(note, style="yellow", markup=False)
         # A line that a stopped call has not finished is removed.
         keep_lines(stored.path, lambda row: True)
         known = stored.read() if stored.path.exists() else {}
         missing = [prompt for prompt in prompts if prompt.id not in known]
-        context = replace(part_context(cfg, Requirements(), "answers", Path(scratch)), folder=Path(scratch))
-
-        async def ask() -> Counter[str]:
-            async with stored.teacher.open(context, services) as client:
-                return await _asked(client, stored, missing)
-
-        failed = asyncio.run(ask()) if missing else Counter[str]()
-    used = dict(services.usage.total.get("teacher", {}))
+        failed, used = _filled(cfg, stored, missing) if missing else (Counter[str](), {})
     spent = ", ".join(f"{name} {number:g}" for name, number in sorted(used.items()))
     console.print(
         f"{stored.path}: {len(prompts) - failed.total()} of {len(prompts)} prompts have answers, "
@@ -81,6 +70,20 @@ def fill_answers(recipe: str, overrides: list[str], count: int) -> None:
             f"{failed.total()} prompts have no answers. Repeat the command to ask for them again. The "
             f"reasons:\n{listed}"
         )
+
+
+def _filled(
+    cfg: RunConfig, stored: StoredAnswers, missing: Sequence[Prompt]
+) -> tuple[Counter[str], Mapping[str, float]]:
+    """Ask for the missing answers. Returns the reasons of failures with their numbers, and what was used."""
+    with tempfile.TemporaryDirectory() as scratch, closing(Services(cfg.learner.student)) as services:
+        context = replace(part_context(cfg, Requirements(), "answers", Path(scratch)), folder=Path(scratch))
+
+        async def ask() -> Counter[str]:
+            async with stored.teacher.open(context, services) as client:
+                return await _asked(client, stored, missing)
+
+        return asyncio.run(ask()), services.usage.total.get("teacher", {})
 
 
 async def _asked(client: ChatClient, stored: StoredAnswers, missing: Sequence[Prompt]) -> Counter[str]:
