@@ -250,8 +250,6 @@ class Attempt:
     """All data of one attempt. The target of a teacher that was not asked or gave none is None."""
 
     rollout: Rollout
-    # the optimiser step (from 0) that it was sampled for; with staleness it may be trained in another one
-    asked_step: int = 0
     reward: Reward | None = None
     # by teacher name, in the order of names
     answers: dict[str, TeacherAnswer] = field(default_factory=dict)
@@ -261,6 +259,8 @@ class Attempt:
     learned: StepRecord | None = None
     # by credit rule
     credits: dict[str, Credit] = field(default_factory=dict)
+    # the optimiser step (from 0) that it was sampled for; with staleness it may be trained in another one
+    asked_step: int = 0
 
     def target(self, teacher: str) -> Target | None:
         """The target of `teacher` (an alias), or None. "behaviour": the policy that sampled the attempt."""

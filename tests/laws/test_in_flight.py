@@ -82,7 +82,11 @@ REWARDS = [None, Reward(1.0), Reward(None, {"style": 0.25}, "good", "timed out")
 def test_a_group_is_read_as_it_was_written(tmp_path: Path, reward: Reward | None) -> None:
     bare = tiny.rollout(2)
     short = replace(bare, behaviour=SampledTarget(teacher="behaviour", logp_T=bare.logp_T))
-    group = [Attempt(full_rollout(), 7, reward), Attempt(short, 7), Attempt(replace(bare, finish="error"), 7)]
+    group = [
+        Attempt(full_rollout(), reward, asked_step=7),
+        Attempt(short, asked_step=7),
+        Attempt(replace(bare, finish="error"), asked_step=7),
+    ]
     rollout_files.write(tmp_path / "folder" / "a.safetensors", group, {"newest": 5})
     assert rollout_files.read_told(tmp_path / "folder" / "a.safetensors") == {"newest": 5}
     again = rollout_files.read(tmp_path / "folder" / "a.safetensors", bare.prompt, 7)
@@ -117,7 +121,7 @@ def kept(folder: Path, step: int, place: int, versions: list[int], deadline: int
     store = InFlight(folder, lambda prompt: False, max_staleness=3)
     ask = Ask(Prompt(f"{step}-{place}", ()), step, place, 1, deadline, False)
     rollout = replace(tiny.rollout(len(versions)), version=min(versions), version_T=np.asarray(versions))
-    store.keep(ask, [Attempt(replace(rollout, prompt=ask.prompt), step)])
+    store.keep(ask, [Attempt(replace(rollout, prompt=ask.prompt), asked_step=step)])
     return ask
 
 
@@ -150,7 +154,7 @@ def test_a_begin_that_must_not_be_repeated_is_given_up_unless_it_was_finished(tm
     ]
     for ask in asks:
         store.begin(ask)
-    store.keep(asks[2], [Attempt(replace(tiny.rollout(2), prompt=asks[2].prompt), 4)])
+    store.keep(asks[2], [Attempt(replace(tiny.rollout(2), prompt=asks[2].prompt), asked_step=4)])
     found = InFlight(tmp_path, lambda prompt: True, max_staleness=3).find(Positions.after(4), version=4)
     assert (found.finished, found.given_up) == ({(4, 2): 7}, {(4, 1): 7})
     assert "1 groups had begun" in list(found.notes(Positions.after(4)))[1]

@@ -209,7 +209,7 @@ def test_every_attempt_survives_in_its_recorded_fields(
 
     mask = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
     spoken = replace(rollout(length, finish=finish, mask=mask), text=text, version=3, sample=2)
-    made = Attempt(spoken, 4, reward)
+    made = Attempt(spoken, reward, asked_step=4)
     with TemporaryDirectory() as scratch:
         append_lines(Path(scratch) / "attempts.jsonl", [attempt_log.arrived(made)])
         (line,) = read_lines(Path(scratch) / "attempts.jsonl")
@@ -268,7 +268,7 @@ def test_every_image_survives_in_its_recorded_fields(
     t_S = np.linspace(1, 0, steps + 1)
     t_S = (shift * t_S / (1 + (shift - 1) * t_S)).astype(np.float32)
     drawn = flow_rollout(steps, side=side, colour=colour, t_S=t_S, finish=finish)
-    line = first_line(Attempt(drawn, 4, reward))
+    line = first_line(Attempt(drawn, reward, asked_step=4))
     again = read_attempt(line)
     assert isinstance(again.rollout, FlowRollout)
     for name in ("sample", "version", "finish", "noise_level", "guidance"):

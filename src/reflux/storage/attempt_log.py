@@ -127,7 +127,7 @@ def read_attempt(line: Line) -> Attempt:
         "version_T": np.asarray(line["versions"], dtype=np.int64) if "versions" in line else None,
         "logp_raw_T": np.asarray(line["logp_raw"], dtype=np.float32) if "logp_raw" in line else None,
     }
-    return Attempt(kept.rollout(line, common), line["step"] - 1, _reward(line))
+    return Attempt(kept.rollout(line, common), _reward(line), asked_step=line["step"] - 1)
 
 
 def _judged(reward: Reward | None) -> Line:

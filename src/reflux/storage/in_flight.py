@@ -110,7 +110,7 @@ class InFlight:
         path = self._path(ask, _GROUP)
         if path.exists():
             return rollout_files.read(path, ask.prompt, ask.step)
-        return [Attempt(_nothing(ask.prompt, sample), ask.step) for sample in range(n)]
+        return [Attempt(_nothing(ask.prompt, sample), asked_step=ask.step) for sample in range(n)]
 
     def find(self, positions: Positions, version: int) -> Found:
         """What can be used after a resume; the rest is removed."""

@@ -73,7 +73,7 @@ def read(path: Path, prompt: Prompt, asked_step: int) -> Group:
     for place, line in enumerate(lines):
         reward = line.pop("reward")
         rollout = _made(line, f"{place}/", arrays, {"prompt": prompt})
-        group.append(Attempt(rollout, asked_step, None if reward is None else Reward(**reward)))
+        group.append(Attempt(rollout, None if reward is None else Reward(**reward), asked_step=asked_step))
     return group
 
 
