@@ -201,8 +201,8 @@ def again(name: str) -> dict[str, Any]:
 
 
 def test_the_recipe_runs_with_the_pair_and_its_teacher_is_asked_again(tmp_path: Path) -> None:
-    """Three steps, and prices that change at each. At staleness 2 all attempts begin before the
-    first one is completed.
+    """Three steps, and prices that change at each. At staleness 2 all attempts of these steps begin before
+    the first one is completed.
     """
     changes = {
         "steps": 3,
@@ -229,6 +229,6 @@ def test_the_recipe_runs_with_the_pair_and_its_teacher_is_asked_again(tmp_path: 
     drifted = {
         row["prompt"].partition("/")[0]
         for row in rows["attempts"]
-        if row["kind"] == "learned" and row["credit"]["freshness"]["supervision_drift"] > 0
+        if row["kind"] == "learned" and row["detail"]["freshness"]["supervision_drift"] > 0
     }
     assert drifted == {"shopping"}
