@@ -150,8 +150,10 @@ def test_a_killed_run_leaves_a_file_that_lacks_its_bracket_and_a_resumed_one_goe
     killed = Trace(path, "run")
     for step in range(3):
         killed.add("learner", f"learn {step}", float(step), step + 0.5, {"step": step})
-    killed._file.close()
+    # what a kill leaves: all of it is on disk already
     whole = json.loads(path.read_text() + "]")
+    assert len(whole) == 6
+    killed._file.close()
     # at every moment, since a line is written in one piece
     for end, byte in enumerate(path.read_bytes()):
         if byte == ord("\n") and end > 2:
