@@ -251,6 +251,8 @@ def test_a_run_shows_each_part_by_step_and_group(tiny_run: Callable[..., Any], m
     def steps(track: str, name: str) -> Counter[int]:
         return Counter(event["args"].get("step") for event in found[track] if event["name"] == name)
 
+    # the steps follow each other
+    assert "steps 2" not in spans(events)
     every = dict.fromkeys(range(1, 5), 1)
     assert Counter(event["args"]["step"] for event in found["steps"]) == every
     assert steps("learner", "learn") == every
