@@ -150,8 +150,10 @@ def test_a_killed_run_leaves_a_file_that_lacks_its_bracket_and_a_resumed_one_goe
     killed = Trace(path, "run")
     for step in range(3):
         killed.add("learner", f"learn {step}", float(step), step + 0.5, {"step": step})
-    killed._file.close()
+    # what a kill leaves: all of it is on disk already
     whole = json.loads(path.read_text() + "]")
+    assert len(whole) == 6
+    killed._file.close()
     # at every moment, since a line is written in one piece
     for end, byte in enumerate(path.read_bytes()):
         if byte == ord("\n") and end > 2:
@@ -249,6 +251,8 @@ def test_a_run_shows_each_part_by_step_and_group(tiny_run: Callable[..., Any], m
     def steps(track: str, name: str) -> Counter[int]:
         return Counter(event["args"].get("step") for event in found[track] if event["name"] == name)
 
+    # the steps follow each other
+    assert "steps 2" not in spans(events)
     every = dict.fromkeys(range(1, 5), 1)
     assert Counter(event["args"]["step"] for event in found["steps"]) == every
     assert steps("learner", "learn") == every
