@@ -395,7 +395,7 @@ def test_a_run_with_turns_masks_what_the_environment_says(tiny_run: Callable[...
 def test_the_task_is_a_value() -> None:
     import pickle
 
-    task = Verifiers("adding", settings={"taskset": {"split": "train"}})
+    task = Verifiers("elsewhere", settings={"taskset": {"split": "train"}})
     assert pickle.loads(pickle.dumps(task)) == task
     assert replace(task, limit=3) != task
     everything = Verifiers("a", "b", {"c": 1}, True, "d", 0.25, 7, "e", 2.0)
