@@ -18,7 +18,7 @@ from reflux import checks
 from reflux.config.importable import importable
 from reflux.errors import ConfigError, DataError
 from reflux.rollouts.environment import ToolError
-from reflux.tasks import verifiers_data
+from reflux.tasks import verifiers_data, verifiers_episode
 from reflux.tasks.verifiers import Verifiers
 from reflux.tasks.verifiers_data import missing
 from reflux.tasks.verifiers_texts import as_reply, continued, first_messages, shown_tools, with_tools
@@ -329,7 +329,9 @@ def test_tools_are_shown_called_and_answered() -> None:
 
 @installed
 @pytest.mark.usefixtures("on_path")
-def test_an_episode_that_is_left_is_cancelled() -> None:
+def test_an_episode_that_is_left_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its requests are answered, so nothing waits for them: with an endless patience it ends too."""
+    monkeypatch.setattr(verifiers_episode, "_SHUTDOWN_S", 1e6)
     task = Verifiers("guessing", turns=True, validation=0.0)
     assert not episode(task, first(task), ["1"])[0].done
     assert episode(task, first(task), []) == []
@@ -395,7 +397,7 @@ def test_a_run_with_turns_masks_what_the_environment_says(tiny_run: Callable[...
 def test_the_task_is_a_value() -> None:
     import pickle
 
-    task = Verifiers("adding", settings={"taskset": {"split": "train"}})
+    task = Verifiers("elsewhere", settings={"taskset": {"split": "train"}})
     assert pickle.loads(pickle.dumps(task)) == task
     assert replace(task, limit=3) != task
     everything = Verifiers("a", "b", {"c": 1}, True, "d", 0.25, 7, "e", 2.0)

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class RecordedReward(RewardPart):
-    """The reward that the sampler gave with each attempt: with the sampler `imported`, the field `reward` of
-    its line.
+    """The reward that came with each attempt: with the sampler `imported`, the field `reward` of its line.
 
     An attempt without one has no value, and `error` says so. It has none either if a tool failed or did not
     answer in time. weight: the factor of this reward's values in the sum of several rewards.

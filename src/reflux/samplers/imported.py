@@ -28,21 +28,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Imported(WrappingSampler):
-    """Training attempts come from a file of JSON lines, with the tokens and log-probs of the policy that
-    sampled them. Evaluations sample from the student with `generate`.
+    """Training attempts are those of a file, with the log-probs of the policy that sampled them. Evaluations
+    sample from the student with `generate`.
 
-    Each line is one attempt. `response_ids`: the token ids of the response, with the sampled end token.
-    `logprobs`: for each of them the log-prob in nats under the distribution it was sampled from (temperature
-    and top-p applied), finite and at most 0. `mask`: true where the policy sampled the token, false where a
-    tool or a template wrote it; left out: true everywhere. The prompt is `prompt_id` (or `id`), the id of a
-    training prompt of the task, or `messages`, a chat that ends before the first turn of the policy. A prompt
-    with messages need not be one of the task's; `answer` and `route` are then those of the line. Optional:
-    `prompt_ids`, the token ids of the prompt; `raw_logprobs`, the log-probs at temperature 1 without top-p
-    where these are others; `version`, the policy version as one number or one for each token (0); `finish`,
-    one of stop, length, max_turns, tool_error and timeout (by default stop where the last token ends a turn,
-    else length); `reward`, a number for the reward `recorded`. Other fields are ignored. attempts.jsonl of a
-    run can be read as it is, with log-probs rounded to 5 digits; its attempts have no `prompt_ids`, so the
-    recipe must render prompts as that run did.
+    Each line of the file is one attempt in JSON. `response_ids`: the token ids of the response, with the
+    sampled end token. `logprobs`: for each of them the log-prob in nats under the distribution it was
+    sampled from (temperature and top-p applied), finite and at most 0. `mask`: true where the policy
+    sampled the token, false where a tool or a template wrote it; left out: true everywhere. The prompt is
+    `prompt_id` (or `id`), the id of a training prompt of the task, or `messages`, a chat that ends before
+    the first turn of the policy. A prompt with messages need not be one of the task's; `answer` and
+    `route` are then those of the line. Such prompts are not compared with those of evaluations: leave
+    held-out ones out of the file. Optional: `prompt_ids`, the token ids of the prompt; `raw_logprobs`,
+    the log-probs at temperature 1 without top-p where these are others; `version`, the policy version as
+    one number or one for each token (0); `finish`, one of stop, length, max_turns, tool_error and timeout
+    (by default stop where the last token ends a turn, else length); `reward`, a number for the reward
+    `recorded`. Other fields are ignored. attempts.jsonl of a run can be read as it is, with log-probs
+    rounded to 5 digits; its attempts have no `prompt_ids`, so the recipe must render prompts as that run
+    did.
 
     The run trains on the prompts of the file, in an order drawn from the seed. Successive attempts of a
     prompt form groups of `group_size`. Each group is trained on once in an epoch; attempts left over at the

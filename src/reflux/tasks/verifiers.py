@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Verifiers(TaskPart):
-    """A taskset of the package `verifiers` (version 0.4): its prompts, its rewards, and with `turns` its
+    """Tasks of the package `verifiers` (version 0.4): their prompts and rewards, and with `turns` their
     environment.
 
     The package is installed with `pip install 'reflux[env]'`. It wants other versions of some packages than a

@@ -18,6 +18,8 @@ from reflux.types import Message
 
 # The header in which the package names the conversation that a request belongs to.
 _CONVERSATION = "X-Session-ID"
+# Seconds that the end of an episode waits for requests in progress.
+_SHUTDOWN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Ask:
     """A request for the student's next turn."""
 
     messages: list[dict[str, Any]]
-    answer: asyncio.Future[Message]
+    answer: asyncio.Future[Message | str]
 
 
 class Episode:
@@ -61,6 +63,9 @@ class Episode:
         return Observation(self._continued(self._known, self._ask.messages))
 
     async def close(self) -> None:
+        if self._ask is not None and not self._ask.answer.done():
+            # A request that waits would hold up the end of its server.
+            self._ask.answer.set_result("the attempt has ended")
         if self._running is not None:
             self._running.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -165,7 +170,7 @@ async def serving(answered: Any) -> AsyncIterator[str]:
     # Without a limit of a request's size: conversations are long.
     app = web.Application(client_max_size=1 << 30)
     app.router.add_post("/v1/chat/completions", handle)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=_SHUTDOWN_S)
     await runner.setup()
     try:
         site = web.TCPSite(runner, "127.0.0.1", 0)
