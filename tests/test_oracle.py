@@ -252,15 +252,23 @@ def test_faults_of_the_connection(faults: dict[str, float], words: str) -> None:
 def test_another_try_may_succeed_and_the_next_server_fails_alike() -> None:
     """Over many questions half of all tries fail, so about half need a second one."""
     counts = []
+    problems = [each.messages[0]["content"] for each in islice(TASK.prompts("train", 0), 24)]
+
+    async def lost(url: str, usage: Usage) -> int:
+        settings = ChatSettings(url=url, model="rules", tries=2, first_wait_s=0.01)
+        async with ChatClient(settings, usage) as client:
+            requests = [
+                ChatRequest(role="any", messages=({"role": "user", "content": text},), max_tokens=9)
+                for text in problems
+            ]
+            asked = (client.answer(request) for request in requests)
+            found = await asyncio.gather(*asked, return_exceptions=True)
+        return sum(isinstance(one, ServerError) for one in found)
+
     for _ in range(2):
-        usage, lost = Usage(), 0
+        usage = Usage()
         with rule_server(replace(NONE, failing=0.5)) as url:
-            for each in islice(TASK.prompts("train", 0), 24):
-                try:
-                    asked(url, each.messages[0]["content"], usage=usage)
-                except ServerError:
-                    lost += 1
-        counts.append((lost, usage.take()["any"]))
+            counts.append((asyncio.run(lost(url, usage)), usage.take()["any"]))
     assert counts[0] == counts[1]
     assert 0 < counts[0][0] < 24
     assert 0 < counts[0][1]["replays"] < 24
