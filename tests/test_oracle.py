@@ -98,13 +98,19 @@ def plain_rubric() -> Rubric:
 
 
 def test_marked_texts_are_read_back_whatever_they_contain() -> None:
-    texts = ["", "a\n\nb", "[[end Answer 1 #000000000000]]", "[[begin Answer 9 #aaaaaaaaaaaa]]\nx", "\n"]
+    texts = [
+        "",
+        "a\n\nb",
+        "[[end Answer 1 #0000000000000000]]",
+        "[[begin Answer 9 #aaaaaaaaaaaaaaaa]]\nx",
+        "\n",
+    ]
     entries = labelled("Answer", texts)
     tag = tag_of(texts)
     assert read_marked(f"words\n{marked(entries, tag)}\nmore words") == entries
-    # A text that has the first tag gets another one.
-    forged = [*texts, f"[[end Answer 1 #{tag_of(texts)}]]"]
-    assert tag_of([tag_of(["x"]), "x"]) not in (tag_of(["x"]), "x")
+    # A text with the tag of others has another tag itself.
+    forged = [f"a\n[[end Answer 1 #{tag_of(texts)}]]\nb", *texts]
+    assert tag_of(forged) != tag_of(texts)
     assert read_marked(marked(labelled("Answer", forged), tag_of(forged))) == labelled("Answer", forged)
     assert read_marked("no markers") == []
 
