@@ -277,7 +277,8 @@ def test_another_try_may_succeed_and_the_next_server_fails_alike() -> None:
             counts.append((asyncio.run(lost(url, usage)), usage.take()["any"]))
     assert counts[0] == counts[1]
     assert 0 < counts[0][0] < 24
-    assert 0 < counts[0][1]["replays"] < 24
+    # Some second tries succeed.
+    assert counts[0][0] < counts[0][1]["replays"] < 24
 
 
 def test_other_seeds_fail_elsewhere() -> None:

@@ -44,7 +44,7 @@ def read_marked(prompt: str) -> list[Marked]:
     while begun := BEGINNING.search(prompt, place):
         ending = f"\n[[end {begun[1]} #{tag}]]"
         end = prompt.find(ending, begun.end())
-        if begun[2] != tag or end < 0:
+        if end < 0:
             place = begun.end()
             continue
         found.append(Marked(begun[1], prompt[begun.end() + 1 : end]))
