@@ -98,13 +98,19 @@ def plain_rubric() -> Rubric:
 
 
 def test_marked_texts_are_read_back_whatever_they_contain() -> None:
-    texts = ["", "a\n\nb", "[[end Answer 1 #000000000000]]", "[[begin Answer 9 #aaaaaaaaaaaa]]\nx", "\n"]
+    texts = [
+        "",
+        "a\n\nb",
+        "[[end Answer 1 #0000000000000000]]",
+        "[[begin Answer 9 #aaaaaaaaaaaaaaaa]]\nx",
+        "\n",
+    ]
     entries = labelled("Answer", texts)
     tag = tag_of(texts)
     assert read_marked(f"words\n{marked(entries, tag)}\nmore words") == entries
-    # A text that has the first tag gets another one.
-    forged = [*texts, f"[[end Answer 1 #{tag_of(texts)}]]"]
-    assert tag_of([tag_of(["x"]), "x"]) not in (tag_of(["x"]), "x")
+    # A text with the tag of others has another tag itself.
+    forged = [f"a\n[[end Answer 1 #{tag_of(texts)}]]\nb", *texts]
+    assert tag_of(forged) != tag_of(texts)
     assert read_marked(marked(labelled("Answer", forged), tag_of(forged))) == labelled("Answer", forged)
     assert read_marked("no markers") == []
 
@@ -252,18 +258,27 @@ def test_faults_of_the_connection(faults: dict[str, float], words: str) -> None:
 def test_another_try_may_succeed_and_the_next_server_fails_alike() -> None:
     """Over many questions half of all tries fail, so about half need a second one."""
     counts = []
+    problems = [each.messages[0]["content"] for each in islice(TASK.prompts("train", 0), 24)]
+
+    async def lost(url: str, usage: Usage) -> int:
+        settings = ChatSettings(url=url, model="rules", tries=2, first_wait_s=0.01)
+        async with ChatClient(settings, usage) as client:
+            requests = [
+                ChatRequest(role="any", messages=({"role": "user", "content": text},), max_tokens=9)
+                for text in problems
+            ]
+            asked = (client.answer(request) for request in requests)
+            found = await asyncio.gather(*asked, return_exceptions=True)
+        return sum(isinstance(one, ServerError) for one in found)
+
     for _ in range(2):
-        usage, lost = Usage(), 0
+        usage = Usage()
         with rule_server(replace(NONE, failing=0.5)) as url:
-            for each in islice(TASK.prompts("train", 0), 24):
-                try:
-                    asked(url, each.messages[0]["content"], usage=usage)
-                except ServerError:
-                    lost += 1
-        counts.append((lost, usage.take()["any"]))
+            counts.append((asyncio.run(lost(url, usage)), usage.take()["any"]))
     assert counts[0] == counts[1]
     assert 0 < counts[0][0] < 24
-    assert 0 < counts[0][1]["replays"] < 24
+    # Some second tries succeed.
+    assert counts[0][0] < counts[0][1]["replays"] < 24
 
 
 def test_other_seeds_fail_elsewhere() -> None:

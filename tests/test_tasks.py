@@ -13,7 +13,9 @@ import pytest
 
 from reflux.config.registry import part
 from reflux.errors import DataError
+from reflux.rewards.oracle.rule_server import RuleServer
 from reflux.tasks import TASKS
+from reflux.tasks.answered import Answered
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
@@ -61,7 +63,11 @@ def tasks(folder: Path) -> dict[str, Any]:
             "own": Jsonl(numbered(folder / "other.jsonl"), validation=0.3, weight=3.0),
         }
     )
-    return {**small, "mix": mix}
+    answered = Answered(small["gsm8k"], RuleServer(), str(folder / "index.jsonl"), answers=1)
+    stored, asked = answered.stored_answers, take(small["gsm8k"], "train", 100)
+    by_id = {prompt.id: stored.line(prompt, [f"It is {prompt.answer}."]) for prompt in asked}
+    write(stored.path, *by_id.values())
+    return {**small, "mix": mix, "answered": answered}
 
 
 # images: test_glyphs.py; all splits ask the same few questions
@@ -123,7 +129,9 @@ def test_the_stored_answer_is_right_another_wrong_and_the_reply_silence(
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_weight_must_be_positive(tasks: dict[str, Any], kind: str) -> None:
-    fields = {"parts": {"a": tasks["gsm8k"]}} if kind == "mix" else {"path": "x"} if kind == "jsonl" else {}
+    fields: dict[str, Any] = {"path": "x"} if kind == "jsonl" else {}
+    fields |= {"parts": {"a": tasks["gsm8k"]}} if kind == "mix" else {}
+    fields |= {"of": tasks["gsm8k"], "teacher": RuleServer(), "path": "x"} if kind == "answered" else {}
     assert tasks[kind].weight == 1.0
     with pytest.raises(ValueError, match="weight"):
         part("tasks", kind)(**fields, weight=0.0)

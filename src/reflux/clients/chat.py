@@ -7,7 +7,6 @@ the rates. They are installed with the extra `chat`.
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -15,7 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from reflux.clients.chat_cache import ChatCache
 from reflux.clients.chat_messages import REPAIR, ChatAnswer, ChatRequest, answer_in
-from reflux.clients.http import KEEPALIVE_S, LATER, MOST_TEXT, checked_url, token_header
+from reflux.clients.chat_transport import connected, said
+from reflux.clients.http import LATER, MOST_TEXT, checked_url, token_header
 from reflux.clients.retry_after import retry_after_s
 from reflux.clients.usage import Prices, Usage
 from reflux.errors import BadAnswer, ConfigError, ServerError, ServerRefused
@@ -95,7 +95,7 @@ class ChatClient:
         self._tokens = aiolimiter.AsyncLimiter(tokens, 60) if tokens else None
         # Without a key the package wants to be told that none is meant.
         self._headers = {} if self._key else {"Authorization": openai.Omit()}
-        self._api = _connected(openai, self.url, self._key, settings.concurrency)
+        self._api = connected(openai, self.url, self._key, settings.concurrency)
 
     async def __aenter__(self) -> ChatClient:
         await self._api.__aenter__()
@@ -230,7 +230,7 @@ class ChatClient:
         except (TimeoutError, openai.APITimeoutError):
             return None, _TryFailed(f"no answer within {limit_s:g} s")
         except openai.APIStatusError as error:
-            return None, self._status(error.status_code, self._clean(_said(error)), error.response.headers)
+            return None, self._status(error.status_code, self._clean(said(error)), error.response.headers)
         except openai.APIError as error:
             cause = type(error.__cause__).__name__ if error.__cause__ else type(error).__name__
             return None, _TryFailed(self._clean(f"{cause} {error}"))
@@ -271,31 +271,3 @@ class ChatClient:
 
 def _repair(reason: str) -> dict[str, str]:
     return {"role": "user", "content": REPAIR.format(reason=reason)}
-
-
-def _connected(openai: Any, url: str, key: str, concurrency: int) -> Any:
-    """The package's client, without its own retries and without what it reads from the environment."""
-    # Version 3 uses httpx2, version 2 httpx.
-    second = int(openai.__version__.split(".")[0]) < 3
-    transport = openai.DefaultAsyncHttpxClient if second else openai.DefaultAsyncHttpx2Client
-    limits = importlib.import_module("httpx" if second else "httpx2").Limits(
-        max_keepalive_connections=concurrency, keepalive_expiry=KEEPALIVE_S
-    )
-    nothing = openai.Omit()
-    return openai.AsyncOpenAI(
-        api_key=key or "none",
-        base_url=url,
-        max_retries=0,
-        # The limit of a whole try is kept by `asyncio.timeout`.
-        timeout=None,
-        default_headers={"OpenAI-Organization": nothing, "OpenAI-Project": nothing},
-        http_client=transport(trust_env=False, limits=limits),
-    )
-
-
-def _said(error: Any) -> str:
-    """What the server said about an error: the message in its JSON, or else the start of the text."""
-    body = error.body
-    for key in ("error", "message", "detail"):
-        body = body.get(key, body) if isinstance(body, dict) else body
-    return str(body if body is not None else "")

@@ -1,13 +1,12 @@
 """Texts between markers in a prompt, so that a model, or a rule, can tell them from the prompt itself.
 
-Every marker has the tag of its prompt. No text of the prompt contains the tag, so no text can close its own
-markers or open others.
+Every marker has the tag of its prompt, a digest of all marked texts. A text that closes its own markers, or
+opens others, would have to contain a digest of itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 from reflux.models.chat.surrogates import whole_characters
 
-BEGINNING = re.compile(r"^\[\[begin (.+?) #([0-9a-f]{12})\]\]$", re.MULTILINE)
+BEGINNING = re.compile(r"^\[\[begin (.+?) #([0-9a-f]{16})\]\]$", re.MULTILINE)
 
 
 class Marked(NamedTuple):
@@ -25,13 +24,8 @@ class Marked(NamedTuple):
 
 
 def tag_of(texts: Sequence[str]) -> str:
-    """12 hex digits that depend on the texts alone and occur in none of them."""
-    for number in itertools.count():
-        written = json.dumps([number, *texts])
-        tag = hashlib.sha256(written.encode()).hexdigest()[:12]
-        if not any(tag in text for text in texts):
-            return tag
-    raise AssertionError("unreachable")
+    """The digest of the texts, 16 hex digits."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
 def marked(entries: Sequence[Marked], tag: str) -> str:
@@ -50,7 +44,7 @@ def read_marked(prompt: str) -> list[Marked]:
     while begun := BEGINNING.search(prompt, place):
         ending = f"\n[[end {begun[1]} #{tag}]]"
         end = prompt.find(ending, begun.end())
-        if begun[2] != tag or end < 0:
+        if end < 0:
             place = begun.end()
             continue
         found.append(Marked(begun[1], prompt[begun.end() + 1 : end]))
