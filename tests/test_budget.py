@@ -44,7 +44,7 @@ HEAVY_ALLOWED = (
         "samplers/",
         "teachers/",
     ),
-    *("assets/make.py", "assets/glyph_models.py"),
+    *("assets/make.py", "assets/text_models.py", "assets/tool_models.py", "assets/glyph_models.py"),
     *("extrapolation/extrapolate_engine.py", "evals/spectra.py"),
 )
 

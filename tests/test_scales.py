@@ -30,7 +30,14 @@ SCALES = {
     TokenRollout: ("toy", "chains", "tool_calls", "hub", "reader", "two_domains"),
     FlowRollout: ("glyphs", "sd3"),
 }
-HERE = [(name, base) for name in recipe_names() for base in SCALES[load_recipe(name).learner.rollouts]]
+# The scale `reader` has no model to teach, and the recipe `tools` is about what a teacher sees.
+APART = {("tools", "reader")}
+HERE = [
+    (name, base)
+    for name in recipe_names()
+    for base in SCALES[load_recipe(name).learner.rollouts]
+    if (name, base) not in APART
+]
 # tables that stand inside another one
 MOVED = {"sft": ("sampler", "sampler.generate"), "flow_sft": ("sampler", "sampler.generate")}
 CAPS: dict[str, Any] = {

@@ -235,6 +235,22 @@ def test_other_messages_before_the_attempt_and_new_replies_in_it_go_together(mod
         read_by("main", TeacherRequest(rollout, shown, Requirements()), renderer, 60)
 
 
+def test_a_later_reply_is_written_after_the_new_ones_before_it(model: Model) -> None:
+    """A template may look at all messages before a reply."""
+    (rollout,) = attempts(1)
+    renderer, seen = LocalTeacher(Local("m"), tiny.context(), tiny.services(), model).renderer, []
+    write = renderer.reply_ids
+
+    def listened(before: Any, *more: Any) -> Any:
+        seen.append(list(before))
+        return write(before, *more)
+
+    renderer.reply_ids = listened  # type: ignore[method-assign]
+    read_by("main", TeacherRequest(rollout, view(rollout, 1), Requirements()), renderer, 512)
+    now = replayed(rollout, 1)
+    assert seen == [now[: 2 * count] for count in range(1, len(view(rollout, 1).spans) + 1)]
+
+
 # --- checks
 
 
