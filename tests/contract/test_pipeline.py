@@ -37,7 +37,7 @@ class Script:
         self.fails: set[tuple[int, str]] = set()
 
     async def __call__(self, ask: Ask) -> Any:
-        prompt, step, _ = ask
+        prompt, step = ask.prompt, ask.step
         key, version = (step, prompt.id), self.version
         self.started.append(key)
         try:
@@ -394,7 +394,7 @@ class Deadlock(Script):
         self.ends = ends
 
     async def __call__(self, ask: Ask) -> Any:
-        prompt, step, _ = ask
+        prompt, step = ask.prompt, ask.step
         key = (step, prompt.id)
         self.started.append(key)
         if key in self.ends:
@@ -567,7 +567,7 @@ def test_closing_waits_for_what_was_dropped() -> None:
         gone: list[str] = []
 
         async def stubborn(ask: Ask) -> Group:
-            prompt, step, _ = ask
+            prompt, step = ask.prompt, ask.step
             try:
                 await asyncio.sleep(0 if step == 0 else 60)
             finally:
