@@ -425,6 +425,7 @@ class Once(SlowChat):
         return prompt.route == "even"
 
 
+@dataclass(frozen=True, config=STRICT)
 class Falls(EvalPart):
     """An evaluation whose accuracy is 0.9 before the step `at`, and 0.1 from there on."""
 

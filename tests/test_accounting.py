@@ -333,10 +333,22 @@ def test_work_is_what_attempts_say_of_themselves() -> None:
 
 
 def test_what_a_prompt_gave_before_it_was_asked_again_is_discarded() -> None:
+    """It is counted by the step that trains on the later attempts."""
+
+    def group(name: str, length: int, step: int = 0) -> list[Attempt]:
+        made = replace(rollout(length), prompt=replace(rollout(length).prompt, id=name))
+        return [Attempt(made, asked_step=step)]
+
     landed = Landed()
-    for prompt, count in (("a", 3), ("b", 4), ("a", 5), ("a", 6)):
-        landed.add(prompt, Work(count, 10 * count))
-    assert landed.discarded == Work(8, 80)
+    for name, length in (("a", 3), ("b", 4), ("a", 5), ("a", 6), ("c", 2), ("c", 1)):
+        landed.add(group(name, length))
+    # another step asks for the same prompt
+    landed.add(group("a", 9, step=1))
+    # prompts of 5 tokens
+    assert landed.take([group("a", 6), group("b", 4)]) == Work(8, 8 + 2 * 5)
+    assert landed.take([group("c", 1), group("a", 9, step=1)]) == Work(2, 2 + 5)
+    landed.add(group("a", 6))
+    assert landed.take([group("a", 6)]) == Work()
 
 
 def test_a_teacher_that_is_asked_again_is_billed_twice(

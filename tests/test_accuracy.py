@@ -178,10 +178,10 @@ def test_its_draws_are_its_own_and_asked_together(tmp_path: Path, graders: Grade
     draws = [(n, draw) for _, n, draw in sampler.asked]
     # the same at every step
     greedy = SamplingParams(
-        step=0, purpose="eval", max_positions=24, temperature=0.0, stop=("\n\n",), cohort=5
+        step=0, purpose="eval", max_positions=24, temperature=0.0, stop=("\n\n",), cohort=5, completed=5
     )
     drawn = SamplingParams(
-        step=5, purpose="eval", max_positions=24, temperature=0.7, stop=("\n\n",), cohort=5
+        step=5, purpose="eval", max_positions=24, temperature=0.7, stop=("\n\n",), cohort=5, completed=5
     )
     assert draws == [(1, greedy)] * 5 + [(2, drawn)] * 5
     assert [prompt.id for prompt, _, _ in sampler.asked] == [f"q{k}" for k in range(5)] * 2

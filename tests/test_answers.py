@@ -220,10 +220,11 @@ def test_the_wrapped_task_answers_for_everything_else() -> None:
         "routes",
         "rollouts",
         "solves",
+        "replays",
     ):
         assert getattr(task, name) == getattr(inner, name)
     prompt = next(inner.prompts("test", 0))
     assert task.verify(prompt, prompt.references[0]) == 1.0
     assert task.verify(prompt, "Answer: -3") == 0.0
     assert task.solve(prompt.messages[0]["content"]) == inner.solve(prompt.messages[0]["content"])
-    assert (task.open_env(prompt), task.part_of(prompt)) == (None, None)
+    assert (task.open_env(prompt, 0), task.part_of(prompt)) == (None, None)

@@ -38,7 +38,7 @@ schedules     constant linear cosine steps
 
 FIELDS = """
 run                     task sampler learner objectives teachers={} credit={} rewards={} refresh=None extrapolation=None evals={} cluster=None track health
-                        recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_staleness=0 seed=0 loss_aggregation='token-mean-weighted' save_every=50
+                        recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_staleness=0 ahead=None order='ready' seed=0 loss_aggregation='token-mean-weighted' save_every=50
                         eval_every=50 keep_checkpoints=2 log_variance=False threads=0 skip_checks=() deterministic=False trace=False
 samplers.hf             max_tokens=512 train_max_tokens=None temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0
                         long_prompts='refuse' max_turns=0 environment_timeout_s=60.0 dtype='auto' batch_tokens=32768 turns='together'

@@ -53,8 +53,8 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
     opening = open_parts(cfg, run.context, run.services)
     async with lasting(run), opening as (learner, sampler, reward, teachers, extrapolation):
         run.restore(learner, teachers, extrapolation)
-        compared_by = scorer(cfg.extrapolation, run.context, run.services)
-        score = CurrentScore(compared_by, learner, partial(run.evaluation, sampler, teachers))
+        compare = scorer(cfg.extrapolation, run.context, run.services)
+        score = CurrentScore(compare, learner, partial(run.evaluation, sampler, teachers))
         await publish(run, learner, sampler, teachers, run.step)
         preflight = Preflight(cfg, run.evaluation(sampler, teachers), learner, teachers, run.dir)
         await preflight()
@@ -78,14 +78,12 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                 jumped = await extrapolation.after_step(learner.access, score, run.step + 1)
                 if jumped:
                     learner.version += 1
+                if jumped or run.refreshes.due(groups, run.step):
                     # Prompts in flight are sampled again with the new weights.
-                    stream.refresh()
-                elif run.refreshes.due(groups, run.step):
                     stream.refresh()
                 await publish(run, learner, sampler, teachers, run.step + 1)
                 await preflight()
-                run.advance(result, groups, learner, teachers, jumped, score.take())
-                run.positions = stream.positions
+                run.advance(result, groups, learner, teachers, jumped, score.take(), stream.positions)
                 if run.due("eval"):
                     if cfg.learner.averages:
                         # The sampler gets the averaged weights. Attempts must not use them.

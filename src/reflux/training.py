@@ -160,9 +160,11 @@ class Run:
         teachers: Teachers,
         jumped: bool,
         scored: Spent | None,
+        positions: Positions,
     ) -> None:
         """Count a finished step, and write its metrics and the second line of each attempt. jumped: True if
-        extrapolation replaced the weights. scored: the work of extrapolation's scores.
+        extrapolation replaced the weights. scored: the work of extrapolation's scores. positions: the prompts
+        that are consumed now.
         """
         discarded, on_policy = self.landed.take(groups), self.cfg.sampler.on_policy
         self.in_flight.consume(groups)
@@ -178,7 +180,7 @@ class Run:
             self.dir / attempt_log.NAME,
             [attempt_log.learned(a, self.step) for group in groups for a in group],
         )
-        self.step += 1
+        self.step, self.positions = self.step + 1, positions
         add_up(self.totals, metrics)
         self.services.clock.step_ended(self.step)
         self.journal.stepped({"step": self.step, **metrics})

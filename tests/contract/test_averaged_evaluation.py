@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import tiny
+from reflux.evals import at_step
 from reflux.runtime.weights import InMemory, Weights
-from reflux.training import Run
 
 
 class Student:
@@ -72,14 +72,10 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(
                 raise OSError("the evaluation is broken")
             return {}
 
-    evals = {"first": Looks(False), "second": Looks(fails)}
-    run: Any = SimpleNamespace(
-        dir=tmp_path, cfg=SimpleNamespace(evals=evals, steps=9), step=3, services=tiny.services()
-    )
-    run.evaluation = lambda sampler, teachers: SimpleNamespace(sampler=sampler)
-    run.context = lambda name: tiny.context(name=name)
+    evals: Any = {"first": Looks(False), "second": Looks(fails)}
     student: Any = Student(average)
-    evaluated = Run._results(run, student, student, SimpleNamespace())  # type: ignore[arg-type]
+    asked: Any = SimpleNamespace(sampler=student, services=tiny.services(), step=3)
+    evaluated = at_step.results(evals, asked, student, steps=9, seen=(), folder=lambda name: tmp_path / name)
     if fails:
         with pytest.raises(OSError, match="broken"):
             asyncio.run(evaluated)

@@ -483,7 +483,7 @@ def test_the_recorded_reward_is_the_verdict_where_the_recipe_says_so(
 
 
 def test_an_attempt_that_a_tool_ended_has_no_recorded_reward(config: Callable[..., Any]) -> None:
-    from reflux.rewards.recorded import recorded
+    from reflux.rewards.recorded_reward import recorded
 
     ((attempt,),) = attempts_of(config([line("q1", reward=1.0, finish="tool_error")]))
     assert recorded(attempt).value is None

@@ -117,15 +117,13 @@ def test_an_attempt_at_a_further_occurrence_is_not_counted_as_discarded(tmp_path
     run = Run.open(load_recipe("vopd", {"steps": 1}), Requirements(), Options(tmp_path / "run"))
     with closing(run):
         for prompt in numbered([Prompt("a", tiny.rollout(3).messages)] * 2):
-            run.write([Attempt(replace(tiny.rollout(3), prompt=prompt))])
-        assert run.landed.take([]).sampled == 0
-        again = [Attempt(replace(tiny.rollout(3), prompt=Prompt("a", prompt.messages)))]
-        run.write(again)
+            group = [Attempt(replace(tiny.rollout(3), prompt=prompt))]
+            run.write(Ask(prompt, 0, 0, 2, 0, False), group)
+        assert run.landed.take([group]).sampled == 0
+        first = Prompt("a", prompt.messages)
+        again = [Attempt(replace(tiny.rollout(3), prompt=first))]
+        run.write(Ask(first, 0, 0, 2, 0, False), again)
         assert run.landed.take([again]).sampled == 3
-        # It was used, and the same prompt of another step is another group.
-        run.write(again)
-        run.write([replace(again[0], asked_step=1)])
-        assert run.landed.take([]).sampled == 0
 
 
 def test_an_evaluation_with_one_prompt_twice_asks_two_different_keys() -> None:

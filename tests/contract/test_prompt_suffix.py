@@ -19,7 +19,7 @@ from reflux.config.step_context import SamplingParams
 from reflux.errors import ModelError
 from reflux.models.chat.ends import end_ids, special_ids
 from reflux.models.chat.renderer import Renderer
-from reflux.teachers.in_process_teacher import InProcessTeacher
+from reflux.teachers import in_process_teacher
 
 CHAT = {"kind": "outside:Chat"}
 ASK = ({"role": "user", "content": "2+3?"},)
@@ -178,14 +178,14 @@ def test_the_teacher_reads_the_same_end_of_the_prompt(
     before the answer.
     """
     seen = []
-    sequence = InProcessTeacher._sequence
+    read_by = in_process_teacher.read_by
 
-    def spy(self: Any, request: Any) -> Any:
-        ids, start = sequence(self, request)
-        seen.append((request.rollout, ids[:start].tolist(), ids[start:].tolist()))
-        return ids, start
+    def spy(name: str, request: Any, *rest: Any) -> Any:
+        read = read_by(name, request, *rest)
+        seen.append((request.rollout, read.ids_L[: read.first].tolist(), read.ids_L[read.first :].tolist()))
+        return read
 
-    monkeypatch.setattr(InProcessTeacher, "_sequence", spy)
+    monkeypatch.setattr(in_process_teacher, "read_by", spy)
     table = {**TEACHERS[kind], "context": CONTEXTS[context]} | ({"model": teacher} if kind == "local" else {})
     tiny_run("full", steps=1, task=CHAT, learner__prompt_suffix=SEE, teachers={"main": table})
     assert seen

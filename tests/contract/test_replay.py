@@ -28,6 +28,7 @@ from reflux.errors import ConfigError, ModelError
 from reflux.loop import attempting
 from reflux.models.text import Model, load_model
 from reflux.rollouts.replies import replies_of
+from reflux.runtime.pipeline import Ask
 from reflux.tasks.shopping import Shopping
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
@@ -396,14 +397,15 @@ def test_an_attempt_is_scored_first_as_of_the_moment_when_it_began() -> None:
     def step_context(step: int, version: int) -> StepContext:
         return StepContext(step, 0, version, run.step)
 
-    def draw(step: int) -> SamplingParams:
-        return SamplingParams(step, "train", 9)
+    def draw(step: int, cohort: int) -> SamplingParams:
+        return SamplingParams(step, "train", 9, cohort=cohort)
 
     cfg = SimpleNamespace(group_size=1, prompts_per_step=1, draw=draw)
     run: Any = SimpleNamespace(cfg=cfg, step=3, step_context=step_context, write=lambda *_: None)
+    run.services, run.in_flight = tiny.services(), SimpleNamespace(begin=lambda ask: None)
     learner: Any = SimpleNamespace(version=7)
     attempt = attempting(run, learner, Sampler(), None, Answers())  # type: ignore[arg-type]
-    asyncio.run(attempt(tiny.rollout(3).prompt, 5))
+    asyncio.run(attempt(Ask(tiny.rollout(3).prompt, 5, 0, 1, 5, False)))
     assert seen == [3, (5, 3, 7)]
 
 

@@ -45,7 +45,7 @@ from reflux.rewards.base import RewardFn
 from reflux.rewards.environment_reward import EnvironmentReward
 from reflux.rewards.judge import JudgeReward
 from reflux.rewards.oracle.rule_server import RuleServer
-from reflux.rewards.recorded import RecordedReward
+from reflux.rewards.recorded_reward import RecordedReward
 from reflux.rewards.rubric import RubricReward
 from reflux.rewards.verifier import Verifier
 from reflux.samplers.base import Sampler

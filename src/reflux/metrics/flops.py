@@ -70,20 +70,22 @@ class Landed:
     """
 
     def __init__(self) -> None:
-        self._discarded = Work()
         # by the step that the group was asked for, and its prompt
         self._latest: dict[tuple[int, str], Work] = {}
+        self._discarded: dict[tuple[int, str], Work] = {}
 
     def add(self, group: Group) -> None:
         key = _place(group)
-        self._discarded += self._latest.pop(key, Work())
+        if key in self._latest:
+            self._discarded[key] = self._discarded.get(key, Work()) + self._latest[key]
         self._latest[key] = Work.of(group)
 
     def take(self, groups: Iterable[Group]) -> Work:
-        """The computation of what was discarded since the last call. groups: those that a step has used."""
-        for group in groups:
-            self._latest.pop(_place(group), None)
-        discarded, self._discarded = self._discarded, Work()
+        """What was discarded before these groups were sampled. They are trained on now, and forgotten."""
+        discarded = Work()
+        for key in map(_place, groups):
+            self._latest.pop(key, None)
+            discarded += self._discarded.pop(key, Work())
         return discarded
 
 

@@ -3,7 +3,7 @@
 REWARDS = {
     "verifier": "reflux.rewards.verifier:Verifier",
     "environment": "reflux.rewards.environment_reward:EnvironmentReward",
-    "recorded": "reflux.rewards.recorded:RecordedReward",
+    "recorded": "reflux.rewards.recorded_reward:RecordedReward",
     "rubric": "reflux.rewards.rubric:RubricReward",
     "judge": "reflux.rewards.judge:JudgeReward",
 }

@@ -12,7 +12,7 @@ from reflux.types import Message, TokenRollout
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ReplyPositions:
     """The positions [start, end) of an attempt, which the student did not choose. They hold `messages`, and
     the tokens with which the chat template begins the student's next turn. turn: the student's turn that was
     replied to.
@@ -24,7 +24,7 @@ class Reply:
     messages: tuple[Message, ...]
 
 
-def replies_of(rollout: TokenRollout) -> list[Reply]:
+def replies_of(rollout: TokenRollout) -> list[ReplyPositions]:
     """The replies of an attempt, in order; [] for an attempt of one turn.
 
     The assistant messages after the prompt are taken for the student's turns. ValueError where their number
@@ -41,6 +41,6 @@ def replies_of(rollout: TokenRollout) -> list[Reply]:
             "of the assistant."
         )
     return [
-        Reply(start, end, made[turn], made[turn + 1 : after])
+        ReplyPositions(start, end, made[turn], made[turn + 1 : after])
         for (start, end), turn, after in zip(starts, turns, turns[1:], strict=False)
     ]

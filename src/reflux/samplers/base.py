@@ -20,7 +20,6 @@ from reflux.types import Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from reflux.config.context import Generation, PartContext
-    from reflux.config.recipe import RunConfig
     from reflux.runtime.services import Services
     from reflux.runtime.weights import Weights
 
@@ -75,15 +74,15 @@ class SamplerPart(Part, Protocol):
         """The memory that a server of this sampler takes on this machine, in words; "" without one."""
         return ""
 
-    def training_prompts(self, cfg: RunConfig, start: int) -> Iterator[Prompt]:
+    def training_prompts(self, cfg: Any, start: int) -> Iterator[Prompt]:
         """The endless stream of training prompts from position `start` on: those of the task, unless the
-        sampler has attempts at other ones.
+        sampler has attempts at other ones. cfg: the whole `RunConfig`.
         """
         return cfg.task.prompts("train", cfg.seed, start)
 
-    def check_stored(self, cfg: RunConfig) -> None:
+    def check_stored(self, cfg: Any) -> None:
         """Check the attempts that the sampler reads from files, without loading weights. DataError, with the
-        file and the line, if the run cannot train on one of them.
+        file and the line, if the run cannot train on one of them. cfg: the whole `RunConfig`.
         """
 
     def decoding(self, opened: Any) -> tuple[bool, str] | None:

@@ -38,7 +38,7 @@ class Entry:
 
 
 @dataclass(slots=True)
-class Asked:
+class StoredPrompt:
     """The attempts at one prompt of the file. The first five fields are those of its first line."""
 
     name: str | None
@@ -64,7 +64,7 @@ class AttemptFile:
     def __init__(self, path: str):
         self.where = f"sampler.path: {path}"
         self._path = Path(path).expanduser()
-        asked: dict[str, Asked] = {}
+        asked: dict[str, StoredPrompt] = {}
         for number, offset, row in self._rows():
             fields = object_of(row, self.line(number))
             if not passed_over(fields):
@@ -105,10 +105,10 @@ class AttemptFile:
         except ValueError as error:
             raise DataError(f"{self.line(number)} {error}; {NOTHING}.") from error
 
-    def _add(self, asked: dict[str, Asked], number: int, offset: int, found: Stored) -> None:
+    def _add(self, asked: dict[str, StoredPrompt], number: int, offset: int, found: Stored) -> None:
         own = same_text(found.messages) if found.name is None else f"id {found.name}"
         known = asked.setdefault(
-            own, Asked(found.name, found.messages, found.question, found.answer, found.route)
+            own, StoredPrompt(found.name, found.messages, found.question, found.answer, found.route)
         )
         if (known.messages, known.question) != (found.messages, found.question):
             raise DataError(

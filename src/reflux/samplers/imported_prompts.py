@@ -12,7 +12,7 @@ from reflux.config.json_rows import NOTHING
 from reflux.config.step_context import seed_of
 from reflux.errors import DataError
 from reflux.runtime.occurrences import numbered
-from reflux.samplers.imported_file import Asked, AttemptFile, Entry, same_text
+from reflux.samplers.imported_file import AttemptFile, Entry, StoredPrompt, same_text
 from reflux.types import Prompt
 
 # The most prompts of a task that are searched for those of the file.
@@ -69,7 +69,7 @@ def _of_task(file: AttemptFile, task: Asks, seed: int) -> tuple[dict[str, Prompt
     one pass over the task's prompts, or until all are found.
     """
     # the prompts of the file that are not found yet, by the ids and texts that would be theirs
-    waiting: dict[tuple[str, str], list[Asked]] = {}
+    waiting: dict[tuple[str, str], list[StoredPrompt]] = {}
     for asked in file.asked:
         for name in _names(asked):
             waiting.setdefault(("id", name), []).append(asked)
@@ -96,7 +96,7 @@ def _of_task(file: AttemptFile, task: Asks, seed: int) -> tuple[dict[str, Prompt
     return by_id, by_text
 
 
-def _names(asked: Asked) -> Iterator[str]:
+def _names(asked: StoredPrompt) -> Iterator[str]:
     """The ids that the name of a prompt may stand for. In lines of a run, `a#2` is the second occurrence of
     the prompt `a` in one step, unless a prompt has that id.
     """
@@ -107,11 +107,11 @@ def _names(asked: Asked) -> Iterator[str]:
             yield first
 
 
-def _named(asked: Asked, by_id: dict[str, Prompt]) -> Prompt | None:
+def _named(asked: StoredPrompt, by_id: dict[str, Prompt]) -> Prompt | None:
     return next((by_id[name] for name in _names(asked) if name in by_id), None)
 
 
-def _same(file: AttemptFile, asked: Asked, prompt: Prompt) -> Prompt:
+def _same(file: AttemptFile, asked: StoredPrompt, prompt: Prompt) -> Prompt:
     """The prompt of the task. DataError if the file has other messages for it."""
     contents = {message["content"] for message in prompt.messages}
     other = asked.messages is not None and same_text(asked.messages) != same_text(prompt.messages)
@@ -124,7 +124,7 @@ def _same(file: AttemptFile, asked: Asked, prompt: Prompt) -> Prompt:
     return prompt
 
 
-def _own(file: AttemptFile, asked: Asked, task: Asks) -> Prompt:
+def _own(file: AttemptFile, asked: StoredPrompt, task: Asks) -> Prompt:
     """A prompt that the task does not have, from the messages in the file."""
     if asked.messages is None:
         raise DataError(

@@ -23,7 +23,7 @@ _SHUTDOWN_S = 1.0
 
 
 @dataclass(frozen=True)
-class Ask:
+class HeldCall:
     """A request for the student's next turn."""
 
     messages: list[dict[str, Any]]
@@ -38,10 +38,10 @@ class Episode:
 
     def __init__(self, loaded: Loaded, one: One, seat: str):
         self._loaded, self._one, self._seat = loaded, one, seat
-        self._asks: asyncio.Queue[Ask] = asyncio.Queue()
+        self._asks: asyncio.Queue[HeldCall] = asyncio.Queue()
         self._known: list[Any] = []
         self._running: asyncio.Task[Any] | None = None
-        self._ask: Ask | None = None
+        self._ask: HeldCall | None = None
         # the conversations of the seat
         self._conversations: list[str] = []
         self._turns = 0
@@ -71,7 +71,7 @@ class Episode:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._running
 
-    def _begin(self, ask: Ask) -> None:
+    def _begin(self, ask: HeldCall) -> None:
         """Check that the environment asks what the student was asked."""
         *before, last = self._one.begins
         if self._continued(before, ask.messages) != (last,):
@@ -145,7 +145,7 @@ class Episode:
         shown = [tool["function"]["name"] for tool in self._loaded.tools]
         if sorted(offered) != sorted(shown):
             return f"the environment offers the tools {offered}, and the student was shown {shown}"
-        ask = Ask(body["messages"], asyncio.get_running_loop().create_future())
+        ask = HeldCall(body["messages"], asyncio.get_running_loop().create_future())
         await self._asks.put(ask)
         return await ask.answer
 
