@@ -1,8 +1,8 @@
 """A run: its counters, schedule, evaluations, checkpoints and resume. `loop.train` calls its methods.
 
 Files of a run directory: config.toml  data.json  metrics.jsonl  evals.jsonl  attempts.jsonl
-checkpoints/step-N/  student/  summary.json  report.html. Also trace.json if `trace` is set, and
-some parts write searches.jsonl or parts/NAME/.
+checkpoints/step-N/  in_flight/  student/  summary.json  report.html. Also trace.json if `trace` is
+set, and some parts write searches.jsonl or parts/NAME/.
 """
 
 from __future__ import annotations

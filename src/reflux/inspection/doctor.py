@@ -47,7 +47,7 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
         yield Finding(
             "ok", "cluster", "not used here: parts are opened in this process. A run's preflight uses it"
         )
-    cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_staleness=0)
+    cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_staleness=0, ahead=None)
     checks.inputs(cfg)
     student, overlap = cfg.learner.student, cfg.sampler.overlaps
     with tempfile.TemporaryDirectory() as scratch, closing(Services(student, overlap=overlap)) as services:
