@@ -109,10 +109,9 @@ def attempting(
         now = replace(run.step_context(ask.step, learner.version), completed=draw.completed)
         span = partial(run.services.clock.span, "groups", step=ask.step + 1, group=ask.prompt.key)
         with span("group"):
-            if ask.recalled:
+            if ask.recalled or not run.in_flight.begin(ask):
                 group = run.in_flight.recall(ask, cfg.group_size)
             else:
-                run.in_flight.begin(ask)
                 with span("sample"):
                     group = await sampler.sample(ask.prompt, cfg.group_size, draw)
                 for each in group:
@@ -152,6 +151,7 @@ def pipeline(run: Run, attempt: Attempting) -> Pipeline:
         ahead=cfg.steps_ahead,
         order=cfg.order,
         recalled=run.in_flight.recalled,
+        discard=run.in_flight.discard,
     )
 
 

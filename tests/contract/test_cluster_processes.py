@@ -33,6 +33,8 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install '.[ra
 class Batching:
     """A part whose prompts wait for all others of their step, as those of a model in this process do."""
 
+    overlaps = False
+
     def __init__(self, error: Exception | None = None):
         self.error, self.closed = error, False
         self.batches: list[list[str]] = []

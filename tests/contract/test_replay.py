@@ -402,7 +402,7 @@ def test_an_attempt_is_scored_first_as_of_the_moment_when_it_began() -> None:
 
     cfg = SimpleNamespace(group_size=1, prompts_per_step=1, draw=draw)
     run: Any = SimpleNamespace(cfg=cfg, step=3, step_context=step_context, write=lambda *_: None)
-    run.services, run.in_flight = tiny.services(), SimpleNamespace(begin=lambda ask: None)
+    run.services, run.in_flight = tiny.services(), SimpleNamespace(begin=lambda ask: True)
     learner: Any = SimpleNamespace(version=7)
     attempt = attempting(run, learner, Sampler(), None, Answers())  # type: ignore[arg-type]
     asyncio.run(attempt(Ask(tiny.rollout(3).prompt, 5, 0, 1, 5, False)))

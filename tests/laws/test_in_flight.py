@@ -23,7 +23,7 @@ from laws.kill_often import SETTINGS
 from laws.test_resume import StopAfter
 from reflux.errors import Stopped
 from reflux.loop import train
-from reflux.runtime.pipeline import Ask
+from reflux.runtime.pipeline import Ask, Pipeline
 from reflux.runtime.positions import Positions
 from reflux.storage import files, rollout_files
 from reflux.storage.in_flight import InFlight
@@ -157,6 +157,8 @@ def test_a_begin_that_must_not_be_repeated_is_given_up_unless_it_was_finished(tm
     store.keep(asks[2], [Attempt(replace(tiny.rollout(2), prompt=asks[2].prompt), asked_step=4)])
     found = InFlight(tmp_path, lambda prompt: True, max_staleness=3).find(Positions.after(4), version=4)
     assert (found.finished, found.given_up) == ({(4, 2): 7}, {(4, 1): 7})
+    # It must not begin in this process either.
+    assert [store.begin(ask) for ask in asks[:2]] == [True, False]
     assert "1 groups had begun" in list(found.notes(Positions.after(4)))[1]
     lost, there = store.recall(asks[1], 2), store.recall(asks[2], 1)
     assert [(a.rollout.finish, a.rollout.length, a.rollout.sample) for a in lost] == [
@@ -169,6 +171,49 @@ def test_a_begin_that_must_not_be_repeated_is_given_up_unless_it_was_finished(tm
     store.consume([lost, there])
     store.forget()
     assert [path.name for path in tmp_path.rglob("4-*")] == []
+
+
+def test_given_up_groups_of_later_blocks_can_all_be_taken_in_time(tmp_path: Path) -> None:
+    """Blocks that were asked for long after the checkpoint. Each step takes one of them."""
+    store = InFlight(tmp_path, lambda prompt: True, max_staleness=2)
+    for block in range(4, 9):
+        store.begin(Ask(Prompt(str(block), ()), block, 0, 1, block + 2, False))
+    store.resume(Positions.after(4), version=4)
+
+    async def main() -> list[str]:
+        async def attempt(ask: Ask) -> Any:
+            return [ask.prompt.id]
+
+        prompts = (Prompt(str(block), ()) for block in range(4, 99))
+        settings = {"steps": 9, "per_step": 1, "max_staleness": 2, "ahead": 1}
+        stream = Pipeline(prompts, attempt, positions=Positions.after(4), recalled=store.recalled, **settings)
+        return [str(groups[0][0]) async for groups in stream]
+
+    assert asyncio.run(main()) == ["4", "5", "6", "7", "8"]
+
+
+def test_what_a_refresh_discards_does_not_come_back(tmp_path: Path) -> None:
+    """Also where the run is stopped before its prompts are asked for again."""
+    store = InFlight(tmp_path, lambda prompt: False, max_staleness=2)
+
+    async def main() -> None:
+        async def attempt(ask: Ask) -> Any:
+            group = [Attempt(replace(tiny.rollout(2), prompt=ask.prompt), asked_step=ask.step)]
+            store.keep(ask, group)
+            return group
+
+        prompts = (Prompt(str(place), ()) for place in range(9))
+        settings = {"steps": 4, "per_step": 1, "max_staleness": 2, "ahead": 2}
+        stream = Pipeline(prompts, attempt, positions=Positions.after(0), discard=store.discard, **settings)
+        await anext(stream)
+        await stream.settle()
+        assert len(list((tmp_path / "in_flight").iterdir())) == 3
+        stream.refresh()
+        await stream.aclose()
+
+    asyncio.run(main())
+    # that of the step that is trained on stays until a checkpoint counts it
+    assert [path.name for path in (tmp_path / "in_flight").iterdir()] == ["0-0.safetensors"]
 
 
 def test_a_second_try_at_a_prompt_forgets_the_first(tmp_path: Path) -> None:

@@ -215,6 +215,21 @@ def test_an_error_of_new_weights_is_raised_where_they_are_published() -> None:
     asyncio.run(main())
 
 
+def test_weights_that_nobody_waits_for_are_not_taken_over_and_harm_no_call() -> None:
+    async def main() -> None:
+        live = LiveWeights(Net())
+        async with live.call():
+            task = asyncio.ensure_future(live.publish(published(1)))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            assert live.renew() == 0
+        await live.publish(published(2))
+        assert live.version == 2
+
+    asyncio.run(main())
+
+
 def test_a_call_that_nobody_waits_for_ends_at_its_next_token_and_the_next_one_runs() -> None:
     ended: list[str] = []
 

@@ -73,12 +73,12 @@ class Actor:
 class PartActor(Actor):
     """A part that is open from `open` to `close`. The part and its context are all that it knows."""
 
-    def __init__(self, part: Any, context: PartContext, gpus: float):
+    def __init__(self, part: Any, context: PartContext, gpus: float, overlaps: bool = False):
         super().__init__(gpus)
         self.part, self.context = part, context
         self.listener = NoteBuffer()
         # With staleness, new weights and further work arrive during a model call.
-        overlap = context.numbers.max_staleness > 0
+        overlap = overlaps or context.numbers.max_staleness > 0
         self.services = Services(context.student, overlap=overlap, parties=1, listener=self.listener)
         self.opened: Any = None
         self._ending = asyncio.Event()
@@ -123,7 +123,7 @@ class PartActor(Actor):
 
 class SamplerActor(PartActor):
     def __init__(self, part: Any, context: PartContext, gpus: float):
-        super().__init__(part, context, gpus)
+        super().__init__(part, context, gpus, part.overlaps)
         # A sampler waits for all prompts of a step before it begins, and two shares of one step must not be
         # mixed.
         self._turns: dict[tuple[Purpose, int], asyncio.Lock] = defaultdict(asyncio.Lock)

@@ -97,7 +97,8 @@ class Pipeline:
     """An async iterator that yields, for each step from `positions.consumed` to `steps`, a list of `per_step`
     groups. prompts: the training prompts in order, from block `positions.first` on. attempt: makes the group
     of one prompt. max_staleness, ahead, order: as described above. recalled: the (block, place) of prompts
-    whose attempts were made before a resume, with the last step that may take them.
+    whose attempts were made before a resume, with the last step that may take them. discard(block, place): is
+    told of attempts that a refresh discards.
 
     async with aclosing(Pipeline(...)) as stream:
         async for groups in stream: ...
@@ -115,13 +116,14 @@ class Pipeline:
         ahead: int,
         order: Literal["ready", "strict"] = "ready",
         recalled: Mapping[tuple[int, int], int] = MappingProxyType({}),
+        discard: Callable[[int, int], None] = lambda block, place: None,
     ):
         self._prompts, self._attempt = prompts, attempt
         self._step, self._last = positions.consumed, steps
         self._per_step, self._max_staleness, self._ahead, self._order = per_step, max_staleness, ahead, order
         # what was left of the blocks that an earlier pipeline has asked for
         self._asked, self._left = positions.asked, dict(positions.left)
-        self._recalled = recalled
+        self._recalled, self._discard = recalled, discard
         # the next block of prompts
         self._next = positions.first
         self._blocks: dict[int, _Block] = {}
@@ -224,7 +226,12 @@ class Pipeline:
 
         A block that has failed is kept, and its error is raised when the consumer asks for a step.
         """
-        self._dropped += [dropped for block in self._blocks.values() if (dropped := block.drop())]
+        for block in self._blocks.values():
+            dropped = block.drop()
+            if dropped is not None:
+                self._dropped.append(dropped)
+                for place in block.prompts:
+                    self._discard(block.step, place)
 
     @property
     def in_flight(self) -> int:

@@ -77,6 +77,9 @@ class LiveWeights:
         if offered is None:
             return
         weights, done = offered
+        if not done.set_running_or_notify_cancel():
+            # Nobody waits for it any more, as when the run ends.
+            return
         try:
             self._replace(weights)
         except BaseException as error:

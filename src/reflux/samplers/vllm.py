@@ -112,6 +112,12 @@ class VLLM(TextSampler):
                 f'{where}: order = "strict" lets weights change between the groups of two steps only, and a '
                 'server takes new weights between two tokens. Use order = "ready".'
             )
+        if cfg.max_staleness and (self.temperature != 1 or self.top_p != 1):
+            yield (
+                f"{where}: with a temperature or top_p other than 1 each answer is read once more for its "
+                "log-probs, and with max_staleness above 0 that may be with newer weights than those that "
+                "sampled it. Use temperature = 1 and top_p = 1, or max_staleness = 0."
+            )
         if self.lora_rank and cfg.learner.trains_all:
             yield (
                 f"{where}: lora_rank = {self.lora_rank} is for a LoRA student, and the learner trains all "

@@ -18,15 +18,18 @@ if TYPE_CHECKING:
     from reflux.engines.vllm_server import VLLMServer
     from reflux.runtime.weights import Weights
 
-# Versions that a server can still be asked for. Requests of earlier steps may be in flight or wait.
+# Versions that a server can still be asked for, at least. Requests of earlier steps may be in flight or wait.
 _KEPT = 4
 
 
 class AdapterDelivery:
-    """merged: the way of students whose adapter the server cannot compute."""
+    """merged: the way of students whose adapter the server cannot compute. max_staleness: of the run; turns
+    that began so many versions ago may still name theirs.
+    """
 
-    def __init__(self, folder: Path, merged: FileDelivery):
+    def __init__(self, folder: Path, merged: FileDelivery, max_staleness: int = 0):
         self.folder, self.merged = folder, merged
+        self._most = max(_KEPT, max_staleness + 2)
         self.adapter: ServedAdapter | None = None
         # the adapters in the folder, the newest last
         self._kept: list[ServedAdapter] = []
@@ -63,7 +66,7 @@ class AdapterDelivery:
         newest = self._kept[-1]
         await server.load_adapter(newest.name, self.folder / newest.name)
         self.adapter = newest
-        while len(self._kept) > _KEPT:
+        while len(self._kept) > self._most:
             oldest = self._kept.pop(0)
             await server.forget_adapter(oldest.name)
             shutil.rmtree(self.folder / oldest.name, ignore_errors=True)

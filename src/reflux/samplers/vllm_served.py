@@ -161,4 +161,4 @@ def delivery_of(cfg: VLLM, context: PartContext, model: ServedModel, folder: Pat
     if cfg.transfer != "file":
         return TransferDelivery(cfg.transfer, layout, model.dtype, context.numbers.max_staleness)
     files = FileDelivery(folder, layout, model.dtype)
-    return AdapterDelivery(folder, files) if cfg.lora_rank else files
+    return AdapterDelivery(folder, files, context.numbers.max_staleness) if cfg.lora_rank else files

@@ -76,12 +76,22 @@ class InFlight:
         self.recalled = found.recalled
         return found.notes(positions)
 
-    def begin(self, ask: Ask) -> None:
-        """The attempts at this prompt begin now, with nothing of an earlier try."""
-        self._path(ask, _GROUP).unlink(missing_ok=True)
-        if self._runs_once(ask.prompt):
-            self._folder.mkdir(exist_ok=True)
-            self._path(ask, _BEGUN).touch()
+    def begin(self, ask: Ask) -> bool:
+        """The attempts at this prompt begin now, with nothing of an earlier try. False if they had begun
+        before, as before a refresh, and must not begin twice.
+        """
+        self.discard(ask.step, ask.place)
+        if not self._runs_once(ask.prompt):
+            return True
+        if self._path(ask, _BEGUN).exists():
+            return False
+        self._folder.mkdir(exist_ok=True)
+        self._path(ask, _BEGUN).touch()
+        return True
+
+    def discard(self, block: int, place: int) -> None:
+        """The finished group is not used, as after a refresh."""
+        (self._folder / f"{block}-{place}{_GROUP}").unlink(missing_ok=True)
 
     def keep(self, ask: Ask, group: Group) -> None:
         """The attempts at this prompt are finished."""
@@ -116,12 +126,15 @@ class InFlight:
         """What can be used after a resume; the rest is removed."""
         finished: dict[Key, int] = {}
         given_up: dict[Key, int] = {}
+        for half in self._folder.glob(".*.tmp"):
+            # A kill left it.
+            half.unlink()
         for path, key in self._files():
             told = rollout_files.read_told(path) if path.suffix == _GROUP else None
             if positions.has_consumed(*key):
                 path.unlink()
             elif path.suffix == _BEGUN:
-                given_up[key] = positions.consumed + self._max_staleness
+                given_up[key] = max(positions.consumed, key[0]) + self._max_staleness
             elif told and told["newest"] <= version and told["deadline"] >= positions.consumed:
                 finished[key] = told["deadline"]
             else:

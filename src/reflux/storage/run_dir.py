@@ -12,7 +12,15 @@ import tomli_w
 from reflux.config.recipe import RunConfig, differences, saved_table
 from reflux.errors import RunError
 from reflux.runtime.positions import Positions
-from reflux.storage import attempt_log, checkpoints, data_digests, failed_batch, files, recipe_paths
+from reflux.storage import (
+    attempt_log,
+    checkpoints,
+    data_digests,
+    failed_batch,
+    files,
+    in_flight,
+    recipe_paths,
+)
 
 # keys that may differ on resume, because they do not change any gradient
 _MAY_DIFFER = (
@@ -30,7 +38,7 @@ _MAY_DIFFER = (
 )
 
 # the files and folders that hold what a run has made
-_MADE = (attempt_log.NAME, "checkpoints", "evals.jsonl", "metrics.jsonl", "student")
+_MADE = (attempt_log.NAME, in_flight.NAME, "checkpoints", "evals.jsonl", "metrics.jsonl", "student")
 
 
 def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
