@@ -1,5 +1,5 @@
 """Gradients and runs of the learner `fsdp` on 1, 2 and 3 ranks: `python rank_jobs.py RANK FOLDER STUDENT
-TEACHER PORT...` is one of three ranks, which do all of it one after the other. Everything is imported once.
+TEACHER` is one of three ranks, which do all of it one after the other. Everything is imported once.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import tiny
 from laws.test_ranks import CASES, NORMALISE, worlds
 from reflux.config.recipe import RunConfig, load_recipe
+from reflux.engines.process import free_port
 from reflux.learners.fsdp_engine import FSDPLearner
 from reflux.learners.group_shares import shares
 from reflux.learners.hf_engine import HFLearner
@@ -64,7 +66,7 @@ GROUPS: dict[str, Any] = {
     "skip_checks": [],
 }
 # credit from the current student's outputs, which the ranks compute for attempts that are stale
-NOW: dict[str, Any] = {"margin": {"student": "now"}}
+NOW: dict[str, Any] = {"group_size": 2, "rewards": {"verifier": {}}, "credit": {"margin": {"student": "now"}}}
 # A teacher that follows the student, jumps along the student's path, and spectra of its weights.
 FOLLOWING: dict[str, Any] = {
     "steps": 3,
@@ -95,6 +97,8 @@ class Job:
     routed: bool = False
     # the number of updates after which rank 1 is killed; 0: never
     dies: int = 0
+    # True if the run must end with an error
+    fails: bool = False
 
     def config(self, kind: str, student: str, teacher: str) -> RunConfig:
         if self.shipped:
@@ -140,23 +144,23 @@ def jobs() -> list[Job]:
         Job("few", 3, "opd", {**small, "prompts_per_step": 1}, plain="few"),
         Job("few", 3, "opd", {**small, "prompts_per_step": 1}, resume=True),
         # The loop samples in one thread while the ranks learn in another.
-        Job("late", 2, "opd", {**small, "steps": 4, "max_staleness": 1, "credit": NOW}),
+        Job("late", 2, "opd", {**small, "steps": 4, "max_staleness": 1, **NOW}),
         # no rank has anything to learn in the first step
         Job("fading", 2, "opd", {**small, "credit": fade, "log_variance": False}, plain="fading"),
-        Job("hot", 2, "opd", {**small, "steps": 6, "learner.lr": 1e30}),
+        Job("hot", 2, "opd", {**small, "steps": 6, "learner.lr": 1e30}, fails=True),
         Job("dying", 2, "opd", {**small, "steps": 5, "save_every": 1}, plain="dying", dies=2),
     ]
 
 
-def main(rank: int, folder: Path, student: str, teacher: str, ports: list[str]) -> None:
-    for ranks, port in zip(GRADIENTS_OF, ports, strict=False):
+def main(rank: int, folder: Path, student: str, teacher: str) -> None:
+    for ranks in GRADIENTS_OF:
         if rank < ranks:
-            take_rank(rank, ranks, port)
+            take_rank(rank, ranks, folder / f"gradients-{ranks}.port")
             gradients(folder / f"gradients-{ranks}.pt")
-    for job, port in zip(jobs(), ports[len(GRADIENTS_OF) :], strict=True):
+    for number, job in enumerate(jobs()):
         if rank >= job.ranks:
             continue
-        take_rank(rank, job.ranks, port)
+        take_rank(rank, job.ranks, folder / f"{number}.port")
         if job.dies and rank == 1:
             die_after(job.dies)
         try:
@@ -164,12 +168,20 @@ def main(rank: int, folder: Path, student: str, teacher: str, ports: list[str]) 
             asyncio.run(train(cfg, Options(folder / job.name, job.resume)))
         except Exception:
             (folder / f"{job.name}.{rank}.error").write_text(traceback.format_exc())
+            if not job.fails:
+                raise
 
 
-def take_rank(rank: int, ranks: int, port: str) -> None:
-    """Describe the group in the environment, as torchrun does."""
+def take_rank(rank: int, ranks: int, file: Path) -> None:
+    """Describe the group in the environment, as torchrun does. Rank 0 writes the group's port to the file."""
+    if rank == 0:
+        part = file.with_suffix(".part")
+        part.write_text(str(free_port()))
+        part.rename(file)
+    while not file.exists():
+        time.sleep(0.01)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": file.read_text()}
 
 
 def adapted(ranks: Ranks | None = None) -> HFLearner:
@@ -229,4 +241,4 @@ def die_after(updates: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,14 @@ class Runs:
         return load_file(self.folder / name / "student" / "model.safetensors")
 
 
-def free_ports(count: int) -> list[str]:
-    with ExitStack() as opened:
-        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [str(one.getsockname()[1]) for one in sockets]
+def ended(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """The exit codes of all ranks. When one has failed, the others would wait for it, and are killed."""
+    while None in (codes := [process.poll() for process in ranks]):
+        if 1 in codes:
+            for process in ranks:
+                process.kill()
+        time.sleep(0.1)
+    return [process.wait() for process in ranks]
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +74,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, student: str, teacher: str) -
     folder = tmp_path_factory.mktemp("sharded")
     script = Path(__file__).with_name("rank_jobs.py")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-    rest = [str(folder), student, teacher, *free_ports(len(GRADIENTS_OF) + len(jobs()))]
     ranks = []
     try:
         for rank in range(RANKS):
             with (folder / f"rank-{rank}.txt").open("w") as file:
-                command = [sys.executable, str(script), str(rank), *rest]
+                command = [sys.executable, str(script), str(rank), str(folder), student, teacher]
                 ranks.append(
                     subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
                 )
         for name, job in {job.plain: job for job in jobs() if job.plain}.items():
             cfg = job.config("hf", student, teacher)
             asyncio.run(train(cfg, Options(folder / "plain" / name)))
-        codes = [process.wait() for process in ranks]
+        codes = ended(ranks)
     finally:
         for process in ranks:
             process.kill()
