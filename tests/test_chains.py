@@ -7,9 +7,10 @@ import pytest
 
 from reflux.assets.characters import character_tokenizer
 from reflux.config.registry import part
-from reflux.tasks.arithmetic import SIGNS, split_of
+from reflux.tasks.arithmetic import SIGNS
 from reflux.tasks.base import Split
 from reflux.tasks.chains import Chains
+from reflux.tasks.generated import split_of
 from reflux.types import Prompt
 
 ALL = Chains(operations=("add", "sub", "mul"), largest=99)

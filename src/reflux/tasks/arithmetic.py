@@ -8,17 +8,16 @@ not with other words.
 from __future__ import annotations
 
 import random
-import re
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
 from reflux.config.step_context import seed_of
-from reflux.tasks.base import Solution, Split, TaskPart
-from reflux.types import Prompt, Rollout, TokenRollout
+from reflux.tasks.base import Solution, Split
+from reflux.tasks.generated import TRIES, GeneratedTask, split_of
+from reflux.types import Prompt
 
 Operation = Literal["add", "sub", "mul"]
 # the start value, then (operation, number) for each step
@@ -26,25 +25,17 @@ Chain = tuple[int, tuple[tuple[Operation, int], ...]]
 
 SIGNS: dict[Operation, str] = {"add": "+", "sub": "-", "mul": "*"}
 LARGEST_FACTOR = 9
-# The largest number of draws for one chain of the wanted split. Each held-out split has a tenth of all
-# chains.
-TRIES = 20_000
-ANSWER = re.compile(r"\s*(-?[0-9]+)(?![0-9]|[.,][0-9])")
 
 
 @dataclass(frozen=True, config=STRICT)
-class ArithmeticTask(TaskPart):
+class ArithmeticTask(GeneratedTask):
     """The base class of tasks whose problems are chains of arithmetic steps. Subclasses define `kind` and
     `tell`.
 
     `Prompt.route` is "mul" if at least half of the steps multiply, else "add", so teachers can be
-    specialists. Problem number p of a split depends on (split, seed, p) alone, so `prompts` reaches any
-    `start` at once. `Prompt.references` has the worked solution. ValueError if the settings allow no problem,
-    or no held-out one.
+    specialists. `Prompt.references` has the worked solution. ValueError if the settings allow no problem, or
+    no held-out one.
     """
-
-    # The registered name, with which the random numbers of each problem are seeded.
-    kind: ClassVar[str]
 
     # the operations that a problem may use
     operations: tuple[Operation, ...] = ("add", "sub")
@@ -56,18 +47,14 @@ class ArithmeticTask(TaskPart):
     largest: int = 50
     # k > 0: held-out problems have exactly max_steps + k operations; training is unchanged
     longer: int = 0
-    # the number of problems in each of "validation" and "test"; "train" never ends
-    held_out: int = 500
-    # the share of this task in a `mix`
-    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.operations or len(set(self.operations)) != len(self.operations):
             raise ValueError("operations must name at least one of add, sub, mul, each once")
         if not 1 <= self.min_steps <= self.max_steps:
             raise ValueError(f"{self.kind} needs 1 <= min_steps <= max_steps")
-        if self.longer < 0 or self.held_out < 0 or not self.weight > 0:
-            raise ValueError("longer and held_out must not be negative, and weight must be above 0")
+        if self.longer < 0:
+            raise ValueError("longer must not be negative")
         if not self._possible():
             raise ValueError(
                 f"no problem of {self.most_steps} steps stays within largest = {self.largest}. Raise "
@@ -79,16 +66,8 @@ class ArithmeticTask(TaskPart):
         return self.max_steps + self.longer
 
     @property
-    def ends(self) -> bool | None:
-        return False
-
-    @property
     def judge(self) -> str | None:
         return "reflux.evals.prompt_difficulty:as_word_problem"
-
-    @property
-    def rollouts(self) -> type[Rollout]:
-        return TokenRollout
 
     @property
     def routes(self) -> frozenset[str | None]:
@@ -96,23 +75,6 @@ class ArithmeticTask(TaskPart):
         return frozenset(
             (["mul"] if multiplies else []) + (["add"] if not multiplies or len(self.operations) > 1 else [])
         )
-
-    def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
-        """Problems from position `start` on. "train" never ends, the others have `held_out` problems."""
-        position = start
-        while split == "train" or position < self.held_out:
-            yield self._prompt(split, seed, position)
-            position += 1
-
-    def verify(self, prompt: Prompt, made: Any) -> float:
-        """1.0 if the whole number after the last "Answer:" of `made` has exactly the digits of the answer,
-        else 0.0.
-        """
-        if prompt.answer is None:
-            raise ValueError(
-                f"prompt {prompt.id} has no answer to compare with; {self.kind} judges only its own prompts"
-            )
-        return float(last_answer(made) == prompt.answer)
 
     def numbers(self, kind: Operation, value: int, low: int, high: int) -> tuple[int, int]:
         """The least and the greatest number with which the operation on `value` gives a result in
@@ -145,7 +107,7 @@ class ArithmeticTask(TaskPart):
     def tell(self, chain: Chain, rng: random.Random) -> tuple[str, str, int]:
         """(problem, worked solution, answer) of a chain. rng: chooses the words."""
 
-    def _prompt(self, split: Split, seed: int, position: int) -> Prompt:
+    def draw_prompt(self, split: Split, seed: int, position: int) -> Prompt:
         rng = random.Random(seed_of(self.kind, split, seed, position))
         for _ in range(TRIES):
             chain = self._chain(rng, split)
@@ -194,22 +156,6 @@ class ArithmeticTask(TaskPart):
 
 def apply(kind: Operation, value: int, number: int) -> int:
     return value + number if kind == "add" else value - number if kind == "sub" else value * number
-
-
-def last_answer(made: Any) -> str | None:
-    """The whole number after the last "Answer:" of a text; None without one, and for anything but a text."""
-    if not isinstance(made, str) or "Answer:" not in made:
-        return None
-    found = ANSWER.match(made.rpartition("Answer:")[2])
-    return None if found is None else found[1]
-
-
-def split_of(problem: object) -> Split:
-    """The split of a chain or another problem, the same for every seed: a tenth of all problems is
-    "validation", a tenth "test", the rest "train". It depends on the repr of the problem.
-    """
-    tenth = seed_of(problem) % 10
-    return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
 
 
 def _ranges(kinds: tuple[Operation, ...], largest: int) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
 from reflux.config.step_context import seed_of
-from reflux.tasks.arithmetic import last_answer
+from reflux.tasks.generated import last_answer
 from reflux.tasks.tools import Calls, Game, ToolTask, the_call
 from reflux.types import Prompt, Rollout, TokenRollout
 

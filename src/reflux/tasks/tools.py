@@ -12,8 +12,8 @@ import asyncio
 import random
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -21,9 +21,9 @@ from pydantic.dataclasses import dataclass
 from reflux.config.registry import STRICT
 from reflux.config.step_context import seed_of
 from reflux.rollouts.environment import Environment, Observation
-from reflux.tasks.arithmetic import TRIES, last_answer, split_of
-from reflux.tasks.base import Split, TaskPart
-from reflux.types import Message, Prompt, Rollout, TokenRollout
+from reflux.tasks.base import Split
+from reflux.tasks.generated import TRIES, GeneratedTask, split_of
+from reflux.types import Message, Prompt
 
 CALL = re.compile(r"([a-z]+)\(([^()]*)\)")
 # The text with which the student ends an attempt.
@@ -39,7 +39,7 @@ class Game(Protocol):
 
 
 @dataclass(frozen=True, config=STRICT)
-class ToolTask(TaskPart):
+class ToolTask(GeneratedTask):
     """The base class of tasks with a tool. Subclasses define what a problem is, and how it is asked, answered
     and solved.
 
@@ -48,19 +48,8 @@ class ToolTask(TaskPart):
     prompt of another task, and where the settings allow too few problems.
     """
 
-    # The registered name, with which the random numbers of each problem are seeded.
-    kind: ClassVar[str]
-
-    # the number of problems in each of "validation" and "test"; "train" never ends
-    held_out: Annotated[int, Field(ge=1)] = 500
     # seconds before each reply, to measure what a slow tool costs
     delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    # the share of this task in a mix of tasks, relative to the weights of the others
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-
-    @property
-    def ends(self) -> bool | None:
-        return False
 
     @property
     def multi_turn(self) -> bool:
@@ -71,27 +60,8 @@ class ToolTask(TaskPart):
         return True
 
     @property
-    def rollouts(self) -> type[Rollout]:
-        return TokenRollout
-
-    @property
     def routes(self) -> frozenset[str | None]:
         return frozenset([None])
-
-    def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
-        """Problems from position `start` on. "train" never ends, the others have `held_out` problems."""
-        position = start
-        while split == "train" or position < self.held_out:
-            yield self._prompt(split, seed, position)
-            position += 1
-
-    def verify(self, prompt: Prompt, made: Any) -> float:
-        """1.0 if the whole number after the last "Answer:" of `made` has exactly the digits of the answer,
-        else 0.0.
-        """
-        if prompt.answer is None:
-            raise ValueError(f"prompt {prompt.id} has no answer to compare with")
-        return float(last_answer(made) == prompt.answer)
 
     def open_env(self, prompt: Prompt, step: int) -> Environment:
         return ToolEnvironment(self.game(self.problem(prompt), step), self.delay_s)
@@ -134,7 +104,7 @@ class ToolTask(TaskPart):
     def turn(self, problem: Any, replies: Sequence[str]) -> str:
         """The next turn of a right attempt that got these replies."""
 
-    def _prompt(self, split: Split, seed: int, position: int) -> Prompt:
+    def draw_prompt(self, split: Split, seed: int, position: int) -> Prompt:
         for attempt in range(TRIES):
             number = seed_of(self.kind, split, seed, position, attempt)
             problem = self.draw(random.Random(number))

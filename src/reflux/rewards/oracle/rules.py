@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from reflux.rewards.rubric_forms import Criterion, Rubric
-from reflux.tasks.arithmetic import ANSWER
 from reflux.tasks.base import Solution
+from reflux.tasks.generated import ANSWER
 
 EQUATION = re.compile(r"(?<![0-9])([0-9]+)([+*-])([0-9]+)=([0-9]+)(?![0-9])")
 NUMBER = re.compile(r"[0-9]+")
