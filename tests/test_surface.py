@@ -107,11 +107,11 @@ tasks.jsonl             path=None dataset=None dataset_config=None dataset_split
                         instruction='' grader='math' makes='text' route=None weight=1.0
 tasks.verifiers         taskset env='' settings turns=False agent='agent' validation=0.05 limit=0 route=None weight=1.0
 tasks.answered          of teacher path answers=4 temperature=1.0 max_tokens=8192 timeout_s=120.0 weight=1.0
-tasks.chains            operations=('add','sub') min_steps=8 max_steps=12 largest=30 longer=0 held_out=500 weight=1.0 largest_given=9 distractors=3
-tasks.shopping          held_out=500 delay_s=0.0 weight=1.0 min_items=2 max_items=4 largest_price=20 drift_every=0
-tasks.calculator        held_out=500 delay_s=0.0 weight=1.0 min_steps=2 max_steps=3 largest=99
-tasks.ledger            held_out=500 delay_s=0.0 weight=1.0 min_entries=7 max_entries=11 largest=40
-tasks.word_problems     operations=('add','sub') min_steps=2 max_steps=3 largest=50 longer=0 held_out=500 weight=1.0
+tasks.chains            held_out=500 weight=1.0 operations=('add','sub') min_steps=8 max_steps=12 largest=30 longer=0 largest_given=9 distractors=3
+tasks.shopping          held_out=500 weight=1.0 delay_s=0.0 min_items=2 max_items=4 largest_price=20 drift_every=0
+tasks.calculator        held_out=500 weight=1.0 delay_s=0.0 min_steps=2 max_steps=3 largest=99
+tasks.ledger            held_out=500 weight=1.0 delay_s=0.0 min_entries=7 max_entries=11 largest=40
+tasks.word_problems     held_out=500 weight=1.0 operations=('add','sub') min_steps=2 max_steps=3 largest=50 longer=0
 evals.accuracy          problems=500 samples=0 k=None temperature=1.0 max_tokens=None split='validation' examples=8
 evals.agreement         prompts=128 teacher='main' bins=24 max_tokens=None split='validation'
 evals.foresight         percent=1.0 k=20 include=('attn','attention','mlp','ffn','.ff','feed_forward')
