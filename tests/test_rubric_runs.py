@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reflux.errors import ServerError, Stopped
+from reflux.reports.page import write_report
 from reflux.rewards.oracle import rules
 from reflux.rewards.oracle.faults import Faults
 from reflux.rewards.oracle.rule_answers import Oracle
@@ -53,6 +56,31 @@ def test_requests_tokens_and_costs_are_in_metrics_and_summary(tiny_run: Callable
     assert json.loads((done.dir / "summary.json").read_text())["chat"] == done.summary["chat"]
     assert all(0 <= value <= 1 for group in rewards(done) for value in group if value is not None)
     assert "chat" not in tiny_run("rl", **SMALL).summary
+
+
+def test_the_report_shows_what_was_asked_of_chat_servers(tiny_run: Callable[..., Any]) -> None:
+    """Each cell is the number of the summary; a run without chat servers has no such table."""
+    done = tiny_run("rubric", **SMALL, **faults(busy=0.2))
+    page = write_report(done.dir).read_text()
+    whole: Counter[str] = Counter()
+    for role, counts in sorted(done.summary["chat"].items()):
+        whole.update(counts)
+        assert cells(page, role) == shown(counts)
+    assert cells(page, "total") == shown(whole)
+    assert sum(counts.get("replays", 0) for counts in done.summary["chat"].values()) > 0
+    assert "Requests to chat servers" not in write_report(tiny_run("rl", **SMALL).dir).read_text()
+
+
+def cells(page: str, role: str) -> list[str]:
+    row = re.search(rf'<th scope="row"><bdi>{role}</bdi></th>(.*?)</tr>', page)
+    assert row is not None, role
+    return re.findall("<td>(.*?)</td>", row[1])
+
+
+def shown(counts: Mapping[str, float]) -> list[str]:
+    names = ("requests", "cached", "replays", "failed", "invalid", "prompt_tokens", "completion_tokens")
+    cost = counts.get("cost", 0)
+    return [*(f"{counts.get(name, 0):,.0f}" for name in names), f"{cost:,.4f}" if cost else "0"]
 
 
 def test_a_resumed_run_asks_for_no_answer_twice(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
@@ -143,8 +171,6 @@ def test_no_file_of_a_run_has_the_key(
             rewards__rubric__max_failed_share=1.0,
             out=tmp_path / "run",
         )
-    from reflux.reports.page import write_report
-
     write_report(done.dir)
     paths = [Path(folder) / name for folder, _, names in os.walk(done.dir) for name in names]
     assert len([path for path in paths if "chat" in path.parts]) > 20

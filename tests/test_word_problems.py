@@ -73,7 +73,9 @@ def test_any_position_can_be_started_from(split: Split):
 
 def test_a_far_position_makes_no_problem_before_it(monkeypatch):
     made = []
-    monkeypatch.setattr(WordProblems, "draw_prompt", lambda self, split, seed, position: made.append(position))
+    monkeypatch.setattr(
+        WordProblems, "draw_prompt", lambda self, split, seed, position: made.append(position)
+    )
     take(WordProblems(), count=2, start=10**12)
     assert made == [10**12, 10**12 + 1]
 

@@ -63,6 +63,8 @@ class Metrics:
     health: list[list[str]] = field(default_factory=list)
     # By NAME of `[teachers.NAME]`: one entry for each step that names this teacher.
     teachers: dict[str, list[Heard]] = field(default_factory=dict)
+    # By role: the sums over all steps of what `clients.usage` counts. Empty if no chat server was asked.
+    chat: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, Column] = field(default_factory=lambda: {role: [] for role in (*ROLES, "total")})
     flops: dict[str, Column] = field(default_factory=lambda: {role: [] for role in ROLES})
 
@@ -85,6 +87,10 @@ def read_metrics(lines: Iterable[Row]) -> Metrics:
         kls = table(row.get("kl_nats_trained_by_table"))
         for name, asked in table(row.get("asked")).items():
             metrics.teachers.setdefault(name, []).append(Heard(number(asked), number(kls.get(name))))
+        for role, counts in table(row.get("chat")).items():
+            sums = metrics.chat.setdefault(role, {})
+            for name, value in table(counts).items():
+                sums[name] = sums.get(name, 0.0) + (number(value) or 0.0)
         for name, columns in (("seconds", metrics.seconds), ("flops", metrics.flops)):
             for role, column in columns.items():
                 column.append(number(table(row.get(name)).get(role)))

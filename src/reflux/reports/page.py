@@ -16,6 +16,7 @@ from typing import Any
 
 from reflux.reports.asked import sentence
 from reflux.reports.attempts import read_attempts
+from reflux.reports.chat_tables import CHAT_HEADER, chat_table
 from reflux.reports.costs import flops_chart, other_costs, roles_table, seconds_chart, tokens_chart
 from reflux.reports.curves import accuracy_chart, kl_chart, position_chart
 from reflux.reports.diagnostics import own_charts
@@ -86,6 +87,8 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "teachers_header": HEADER,
         "costs": [seconds_chart(metrics), flops_chart(metrics), tokens_chart(metrics, words)],
         "roles": roles_table(metrics),
+        "chat": chat_table(metrics.chat),
+        "chat_header": CHAT_HEADER,
         "other_costs": other_costs(metrics, words),
         "attempts": [trajectory(shown) if words.images else view(shown, tokenizer) for shown in attempts],
         "ratio": RATIO,
