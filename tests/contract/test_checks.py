@@ -295,6 +295,9 @@ def test_warnings_name_what_is_seldom_meant() -> None:
     assert "teachers.other scores attempts, but no objective uses it" in checks.warnings(unheard)[0]
     cut = load_recipe("rl", {"sampler.train_max_tokens": {"kind": "linear", "start": 8, "increment": 1}})
     assert any("unfinished answers" in text for text in checks.warnings(cut))
+    for ahead in (None, 0, 1):
+        pipeline = load_recipe("full", {"max_staleness": 2, **({} if ahead is None else {"ahead": ahead})})
+        assert any("ahead = 0" in text for text in checks.warnings(pipeline)) == (ahead == 0)
     assert all(
         checks.warnings(load_recipe(name)) == []
         for name in recipe_names()

@@ -20,6 +20,7 @@ def warnings(cfg: RunConfig) -> list[str]:
         *_as_it_acted(cfg),
         *_left_to_others(cfg),
         *_idle_refresh(cfg),
+        *_nothing_ahead(cfg),
         *lengths.warnings(cfg),
     ]
 
@@ -52,6 +53,14 @@ def _as_it_acted(cfg: RunConfig) -> Iterator[str]:
 def _idle_refresh(cfg: RunConfig) -> Iterator[str]:
     if cfg.refresh is not None and not cfg.max_staleness:
         yield "refresh has no effect at max_staleness = 0, because no attempt is in flight between two steps."
+
+
+def _nothing_ahead(cfg: RunConfig) -> Iterator[str]:
+    if cfg.max_staleness and not cfg.steps_ahead:
+        yield (
+            f"ahead = 0 asks for the attempts of a step when the step before it is done, so max_staleness = "
+            f"{cfg.max_staleness} saves no time. Leave ahead out to sample while the learner steps."
+        )
 
 
 def _left_to_others(cfg: RunConfig) -> Iterator[str]:
