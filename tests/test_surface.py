@@ -86,7 +86,7 @@ rewards.recorded        weight=1.0
 rewards.rubric          judge teacher=None references=4 teacher_temperature=1.0 teacher_max_tokens=8192 teacher_timeout_s=120.0
                         rubric_temperature=0.7 rubric_max_tokens=8192 rubric_timeout_s=120.0 rubric_repairs=2
                         verdicts_temperature=0.0 verdicts_max_tokens=4096 verdicts_timeout_s=60.0 verdicts_repairs=1
-                        verifier_chunk=0 blind=True max_failed_share=0.4 rubric_prompt=None verdicts_prompt=None weight=1.0
+                        verifier_chunk=0 rubric_per='group' blind=True max_failed_share=0.4 rubric_prompt=None verdicts_prompt=None weight=1.0
 rewards.judge           judge mode='score' temperature=0.0 max_tokens=1024 timeout_s=60.0 repairs=1 max_failed_share=0.4 prompt=None
                         weight=1.0
 extrapolation.extrapolate

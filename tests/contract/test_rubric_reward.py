@@ -89,6 +89,25 @@ def values(rewards: list[Reward]) -> list[float | None]:
 # --- what comes out
 
 
+def test_a_rubric_for_each_attempt_is_that_of_a_group_of_one(asked: Asked) -> None:
+    """Each text is scored as if it were alone. Equal texts share a rubric. In the group the weights differ:
+    a rule that most students break has 3 points instead of 2.
+    """
+    texts = (RIGHT, WRONG, BRIEF, WRONG)
+    (found,) = asked(rubric(rubric_per="attempt"), group(*texts))
+    assert asked.usage["rubric"]["requests"] == asked.usage["verdicts"]["requests"] == 3
+    assert asked.usage["rubric"]["groups"] == 1
+    assert found == [asked(rubric(), group(text))[0][0] for text in texts]
+    assert values(found) != values(asked(rubric(), group(*texts))[0])
+
+
+def test_one_failed_rubric_of_an_attempt_leaves_the_group_without_values(asked: Asked) -> None:
+    (found,) = asked(rubric(local(cut_json=0.5), rubric_per="attempt"), group(RIGHT, WRONG, BRIEF, "x", "y"))
+    assert values(found) == [None] * 5
+    assert len({reward.error for reward in found}) == 1
+    assert "cannot be used" in (found[0].error or "")
+
+
 def test_the_value_is_the_share_of_points(asked: Asked) -> None:
     """Half of the students fail "true equations" and half "only given", so both keep 2 of 13 points."""
     (found,) = asked(rubric(), group(RIGHT, WRONG, BRIEF, RIGHT))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -53,10 +53,11 @@ class RubricReward(RewardPart):
     sum_k points_k, in [0, 1]. arXiv 2605.07396.
 
     One call of the judge writes one rubric for the whole group, from the question, the teacher's answers and
-    the attempts. A second call judges all answers, the teacher's included, by that rubric: it sees them in an
-    order that depends on their text alone, and not who wrote them. The score is computed from the verdicts;
-    the sum that the judge adds up is only compared with it. Thinking is removed before judging, and equal
-    texts are judged once.
+    the attempts. With rubric_per "attempt" it writes one for each attempt instead, from that attempt and the
+    teacher's answers. Another call judges all these answers, the teacher's included, by that rubric: it sees
+    them in an order that depends on their text alone, and not who wrote them. The score is computed from the
+    verdicts; the sum that the judge adds up is only compared with it. Thinking is removed before judging, and
+    equal texts are judged once.
 
     If a call fails or its answer cannot be used after the last try, no attempt of the group has a value.
     `parts`: each verdict by the id of its criterion, and `references`, the mean score of the teacher's
@@ -94,6 +95,8 @@ class RubricReward(RewardPart):
     verdicts_repairs: Retries = 1
     # the most answers that one call judges; 0: all at once
     verifier_chunk: Retries = 0
+    # "attempt": a rubric for each attempt, whose scores are then on different scales; a control
+    rubric_per: Literal["group", "attempt"] = "group"
     # False: the judge sees which answers are the teacher's
     blind: bool = True
     # the run stops if a larger share of a step's groups cannot be judged

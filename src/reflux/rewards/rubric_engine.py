@@ -74,8 +74,16 @@ class OpenRubric(GroupJudge):
         self._verdicts_prompt = prompt_text("verdicts", part.verdicts_prompt)
 
     async def judged(self, prompt: Prompt, texts: list[str]) -> list[Reward]:
-        """The rewards of the texts by one rubric. Raises ServerError if a call fails."""
+        """The rewards of the texts. Raises ServerError if a call fails."""
         references = [whole_characters(after_thinking(text)) for text in await self._references(prompt)]
+        if self._part.rubric_per == "group":
+            return await self._by_one_rubric(prompt, references, texts)
+        different = list(dict.fromkeys(texts))
+        found = await together(self._by_one_rubric(prompt, references, [text]) for text in different)
+        by_text = {text: reward for text, (reward,) in zip(different, found, strict=True)}
+        return [by_text[text] for text in texts]
+
+    async def _by_one_rubric(self, prompt: Prompt, references: list[str], texts: list[str]) -> list[Reward]:
         question = question_of(prompt.messages)
         rubric = await self._rubric(question, references, texts)
         answers = pool(prompt.id, references, texts, self._part.blind)
