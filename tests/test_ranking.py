@@ -45,7 +45,9 @@ def test_auc_equals_scipy_without_and_with_ties() -> None:
     for values in (rng.normal(size=200), rng.integers(5, size=200)):
         right = rng.random(200) < 0.3
         u = mannwhitneyu(values[right], values[~right]).statistic
-        assert auc(values.astype(float), right) == pytest.approx(u / (right.sum() * (~right).sum()), abs=1e-12)
+        assert auc(values.astype(float), right) == pytest.approx(
+            u / (right.sum() * (~right).sum()), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How well a number ranks right attempts above wrong ones: AUC, accuracy of pairs at one prompt, intervals."""
+"""How well a number ranks right attempts above wrong ones: AUC, pairs at one prompt, intervals."""
 
 from __future__ import annotations
 
