@@ -79,26 +79,19 @@ def rank_signals(
     quiet_libraries()
     make(folder)
     draw = _draw(cfg)
-    settings = {
+    said = {
         "prompts": len(asked),
         "samples": samples,
         "temperature": draw.temperature,
         "top_p": draw.top_p,
         "max_tokens": draw.max_positions,
+        "config_hash": config_hash(whole),
+        "seed": cfg.seed,
     }
-    said = {**settings, "config_hash": config_hash(whole), "seed": cfg.seed}
     known = taken_up(folder / PARTIAL, said, "signals")
     rows, chat = asyncio.run(_rows(cfg, requirements, asked, known, draw, folder))
     aliases = sorted({alias_of(table, teacher) for table, teacher in cfg.teachers.items()})
-    found = {
-        "recipe": cfg.recipe,
-        **summarised(rows, described(cfg.rewards, aliases), cfg.seed),
-        "settings": settings,
-        **({"chat": chat} if chat else {}),
-        "commit": commit(),
-        "config_hash": said["config_hash"],
-        "seed": cfg.seed,
-    }
+    found = _summary(cfg, said, rows, chat)
     if len(asked) < prompts:
         found["notes"].append(f"The task has {len(asked):,} different training prompts, and all were used.")
     _finish(folder, found, rows)
@@ -108,8 +101,8 @@ def _refuse(cfg: RunConfig) -> None:
     """Raise ConfigError for a recipe whose attempts have no truth to compare with, or are no texts."""
     if cfg.learner.rollouts is FlowRollout:
         raise ConfigError(
-            "signal compares signals on texts, and the attempts of this recipe are images. Choose a recipe of "
-            "texts."
+            "signal compares signals on texts, and the attempts of this recipe are images. Choose a recipe "
+            "of texts."
         )
     if not cfg.task.judges and cfg.task.multi_turn:
         raise ConfigError(
@@ -196,6 +189,21 @@ def _added(chat: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
                 of_role = sums.setdefault(role, {})
                 of_role[name] = of_role.get(name, 0) + value
     return sums
+
+
+def _summary(
+    cfg: RunConfig, settings: dict[str, Any], rows: Sequence[Row], chat: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """The content of signal.json."""
+    aliases = sorted({alias_of(table, teacher) for table, teacher in cfg.teachers.items()})
+    truths = [f"rewards.{name}" for name, reward in cfg.rewards.items() if reward.verifies]
+    return {
+        "recipe": cfg.recipe,
+        **summarised(rows, described(cfg.rewards, aliases), truths, cfg.seed),
+        "settings": settings,
+        **({"chat": chat} if chat else {}),
+        "commit": commit(),
+    }
 
 
 def _finish(folder: Path, found: dict[str, Any], rows: Sequence[Row]) -> None:

@@ -33,14 +33,13 @@ def described(rewards: Mapping[str, RewardFn], teachers: Sequence[str]) -> dict[
     """What each signal is, by its name and in the order of the table. rewards: by name. teachers: the names
     that teachers answer under.
 
-    `rewards.NAME` is the value of one reward, without its weight, and `weighted_sum` the sum from which the
+    `rewards.NAME` is the value of one reward, without its weight. `weighted_sum` is the sum from which the
     run would learn, where there are several. `teacher_logp.NAME` is the mean log-prob of the teacher at the
     tokens that the student chose. `return.NAME` is the mean log-ratio of teacher and sampling policy at these
     tokens, the return of `credit.margin`. `student_logp` and `length` are controls: they cost nothing.
     """
     found = {
         f"rewards.{name}": f"the value of reward {name}, of kind {kind_of('rewards', reward)}"
-        + ("; it takes the verdicts that are the truth here" if reward.verifies else "")
         for name, reward in rewards.items()
     }
     if len(rewards) > 1:

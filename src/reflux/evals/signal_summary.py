@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,13 +16,17 @@ from reflux.metrics.ranking import ranking
 REASONS = 3
 
 
-def summarised(rows: Sequence[Row], signals: Mapping[str, str], seed: int) -> dict[str, Any]:
+def summarised(
+    rows: Sequence[Row], signals: Mapping[str, str], truths: Collection[str], seed: int
+) -> dict[str, Any]:
     """The numbers of signal.json that are computed from the attempts. rows: of `attempt_signals.measured`.
-    signals: what each is, by name. seed: of the bootstrap.
+    signals: what each is, by name. truths: the names of those that are the verdicts of the verifier. seed: of
+    the bootstrap.
 
-    `attempts` are all of them, `judged` those with a verdict, and `right` those that are right. `mixed` prompts
-    have both a right and a wrong attempt. Each signal has the fields of `metrics.ranking.Ranking` over the judged attempts, and `what` it is. `notes` are
-    sentences about what is missing or not defined.
+    `attempts` are all of them, `judged` those with a verdict, and `right` those that are right. `mixed`
+    prompts have both a right and a wrong attempt. Each signal has the fields of `metrics.ranking.Ranking`
+    over the judged attempts. Its `what` says what it is, and its `truth` whether it is the verdicts. `notes`
+    are sentences about what is missing or not defined.
     """
     judged = [row for row in rows if row["truth"] is not None]
     found = ranked(judged, list(signals), seed)
@@ -32,7 +36,10 @@ def summarised(rows: Sequence[Row], signals: Mapping[str, str], seed: int) -> di
         "judged": len(judged),
         "right": sum(row["truth"] for row in judged),
         "mixed": mixed(judged),
-        "signals": {name: {"what": what, **found.get(name, {})} for name, what in signals.items()},
+        "signals": {
+            name: {"what": what, "truth": name in truths, **found.get(name, {})}
+            for name, what in signals.items()
+        },
         "notes": list(_notes(rows, judged, found)),
     }
 

@@ -14,14 +14,7 @@ from reflux.reports.units import NONE, count, percent
 from reflux.storage import files
 
 NAME = "signal.json"
-HEADER = (
-    "signal",
-    "AUC (95 % interval)",
-    "pairs at one prompt (95 % interval)",
-    "pairs",
-    "prompts",
-    "no value",
-)
+HEADER = ("signal", "AUC (95 %)", "at one prompt (95 %)", "pairs", "prompts", "no value")
 # the two numbers: key, name in the legend, colour, place beside the middle of the row
 _KINDS = (("auc", "AUC over all attempts", BLUE, -0.14), ("pairwise", "pairs at one prompt", ORANGE, 0.14))
 
@@ -65,7 +58,7 @@ def signal_rows(found: Row) -> list[tuple[tuple[str, ...], str]]:
     for name, entry in table(found.get("signals")).items():
         ranks = table(entry)
         cells = (
-            str(name),
+            f"{name} (the truth)" if ranks.get("truth") else str(name),
             *(_told(ranks, key) for key, *_ in _KINDS),
             *(count(number(ranks.get(key))) for key in ("pairs", "prompts")),
             percent(number(ranks.get("missing"))),
@@ -112,9 +105,9 @@ def signal_chart(found: Row) -> Chart:
         _add_intervals(figure, [_ends(ranks, key) for _, ranks in rows], label, colour, beside)
     caption = (
         "A pair is a right and a wrong attempt. The share of pairs in which the right one has the higher "
-        "value: over all attempts (AUC), and over attempts at the same prompt. Equal values count half. At the "
-        "line, 0.5, a signal is no better than chance; below it, the order is reversed. Intervals are 95 %, "
-        "from resampled prompts."
+        "value, over all attempts (AUC) and over attempts at one prompt. Equal values count half. At 0.5 a "
+        "signal is no better than chance; below it, the order is reversed. Intervals are 95 %, from "
+        "resampled prompts."
     )
     numbers = [(name, _told(ranks, "auc"), _told(ranks, "pairwise")) for name, ranks in rows]
     return Chart(title, figure, caption=caption, header=HEADER[:3], rows=numbers)
@@ -155,8 +148,7 @@ def _add_intervals(
 
 def _facts(found: Row) -> list[tuple[str, str]]:
     """What is needed to repeat the measurement, and what it cost."""
-    facts = [(name, found.get(name)) for name in ("commit", "config_hash", "seed")]
-    facts += list(table(found.get("settings")).items())
+    facts = [("commit", found.get("commit")), *table(found.get("settings")).items()]
     shown = [(str(name), visible(str(value))) for name, value in facts if value is not None]
     return shown + [(f"requests of role {role}", visible(told)) for role, told in chat_costs(found)]
 
