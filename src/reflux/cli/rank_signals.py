@@ -90,7 +90,6 @@ def rank_signals(
     }
     known = taken_up(folder / PARTIAL, said, "signals")
     rows, chat = asyncio.run(_rows(cfg, requirements, asked, known, draw, folder))
-    aliases = sorted({alias_of(table, teacher) for table, teacher in cfg.teachers.items()})
     found = _summary(cfg, said, rows, chat)
     if len(asked) < prompts:
         found["notes"].append(f"The task has {len(asked):,} different training prompts, and all were used.")
