@@ -45,9 +45,13 @@ def described(rewards: Mapping[str, RewardFn], teachers: Sequence[str]) -> dict[
     if len(rewards) > 1:
         found[SUM] = "the weighted sum of the rewards"
     for name in teachers:
-        found[f"teacher_logp.{name}"] = f"mean log-prob of the sampled tokens under teacher {name}, nats"
-        found[f"return.{name}"] = f"mean log-ratio of teacher {name} and the student, nats (credit.margin)"
-    found[OWN] = "control: mean log-prob of the sampled tokens under the student, nats"
+        found[f"teacher_logp.{name}"] = (
+            f"mean log-prob of the sampled tokens under teacher {name}, nats per token"
+        )
+        found[f"return.{name}"] = (
+            f"mean log-ratio of teacher {name} and the student, nats per token: the return of credit.margin"
+        )
+    found[OWN] = "control: mean log-prob of the sampled tokens under the student, nats per token"
     found[LENGTH] = "control: the number of tokens that the student generated"
     return found
 

@@ -88,7 +88,7 @@ def signal_chart(found: Row) -> Chart:
         return Chart(title, absent="No ranking is defined for these attempts, so there is nothing to draw.")
     places = list(range(len(rows)))
     names = {"tickvals": places, "ticktext": [name for name, _ in rows]}
-    half = {"type": "line", "x0": 0.5, "x1": 0.5, "y0": 0, "y1": 1, "yref": "paper", "layer": "below"}
+    half = {"type": "line", "x0": 0.5, "x1": 0.5, "y0": 0, "y1": 1, "yref": "paper", "layer": "between"}
     figure = new_figure(
         "share of pairs that are ranked right",
         "",
