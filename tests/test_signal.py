@@ -214,18 +214,17 @@ def enumerated(rows: list[dict[str, Any]], name: str) -> tuple[float, float]:
 def test_rubrics_of_the_rule_server_rank_attempts_by_their_truth(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Judged over HTTP. A second server gives some wrong verdicts, and so ranks less well."""
-    bad = 'rewards.bad={kind="judge", judge={kind="local"}}'
-    changes = ["threads=1", "sampler.max_tokens=40", bad]
-    rank_signals("rubric", changes, 4, 8, tmp_path / "out")
+    """Judged over HTTP, by rubrics and by scores. Files and terminal have the numbers of enumeration."""
+    changes = ["threads=1", "rewards.score.kind=judge", "rewards.score.judge.kind=local"]
+    rank_signals("rubric", changes, None, 8, tmp_path / "out")
     found, rows = numbers(tmp_path / "out"), lines(tmp_path / "out")
     assert [(row["prompt"], row["sample"]) for row in rows] == [
-        (rows[4 * group]["prompt"], sample) for group in range(8) for sample in range(4)
+        (rows[8 * group]["prompt"], sample) for group in range(8) for sample in range(8)
     ]
-    assert [found[key] for key in ("prompts", "attempts", "judged")] == [8, 32, 32]
+    assert [found[key] for key in ("prompts", "attempts", "judged")] == [8, 64, 64]
     assert found["mixed"] >= 1
     signals = found["signals"]
-    assert list(signals) == ["rewards.rubric", "rewards.bad", "weighted_sum", "student_logp", "length"]
+    assert list(signals) == ["rewards.rubric", "rewards.score", "weighted_sum", "student_logp", "length"]
     assert signals["rewards.rubric"]["auc"] > 0.95
     assert signals["rewards.rubric"]["pairwise"] > 0.95
     for name, ranks in signals.items():
@@ -233,13 +232,13 @@ def test_rubrics_of_the_rule_server_rank_attempts_by_their_truth(
         assert ranks["auc_low"] <= ranks["auc"] <= ranks["auc_high"]
         assert not ranks["truth"]
     assert all(
-        one["signals"]["weighted_sum"] == one["signals"]["rewards.rubric"] + one["signals"]["rewards.bad"]
+        one["signals"]["weighted_sum"] == one["signals"]["rewards.rubric"] + one["signals"]["rewards.score"]
         for one in rows
     )
-    assert found["settings"]["samples"] == 4
+    assert found["settings"]["samples"] == 8
     assert found["chat"]["rubric"]["requests"] == 8
     said = capsys.readouterr().out
-    assert "32 attempts at 8 prompts were judged" in said
+    assert "64 attempts at 8 prompts were judged" in said
     assert "chat, rubric: " in said
     assert "8 requests" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -249,7 +248,7 @@ def test_rubrics_of_the_rule_server_rank_attempts_by_their_truth(
         "signal.json",
     ]
     with pytest.raises(RunError, match="already contains signals"):
-        rank_signals("rubric", changes, 4, 8, tmp_path / "out")
+        rank_signals("rubric", changes, None, 8, tmp_path / "out")
 
 
 def test_groups_that_a_judge_cannot_judge_are_missing(tmp_path: Path) -> None:
@@ -266,14 +265,17 @@ def test_groups_that_a_judge_cannot_judge_are_missing(tmp_path: Path) -> None:
 @pytest.fixture
 def call(student: str, teacher: str, tmp_path: Path) -> Any:
     """`call("opd", "out", ...)`: the command on 9 prompts with tiny models. The prompt q3 is not judged."""
-    rows = [{"prompt": f"{k}" * (k % 3 + 1), "answer": "a", "id": f"q{k}"} for k in range(9)]
+    rows = [
+        {"prompt": f"{k}" * (k % 3 + 1), "answer": "a", "references": ["a"], "id": f"q{k}"} for k in range(9)
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    changes = [f"learner.model={student}", "sampler.max_tokens=6", "task.kind=jsonl", "threads=1"]
+    changes = [f"learner.model={student}", "task.kind=jsonl", "threads=1"]
     changes += [f"task.path={tmp_path / 'data.jsonl'}", "task.grader=judges:moody", "task.validation=0.0"]
 
     def run(recipe: str, out: str, *more: str, samples: int | None = 4, prompts: int = 9) -> Path:
+        limit = "sampler.generate.max_tokens=6" if recipe == "sft" else "sampler.max_tokens=6"
         taught = [] if recipe in ("rl", "sft") else [f"teachers.main.model={teacher}"]
-        rank_signals(recipe, [*changes, *taught, *more], samples, prompts, tmp_path / out)
+        rank_signals(recipe, [*changes, limit, *taught, *more], samples, prompts, tmp_path / out)
         return tmp_path / out
 
     return run
@@ -330,14 +332,14 @@ def test_the_verdicts_themselves_are_marked_and_perfect(call: Any, capsys: Any) 
     assert found["settings"]["samples"] == load_recipe("rl").group_size == 8
     truth = found["signals"]["rewards.verifier"]
     assert (truth["truth"], truth["auc"], truth["pairwise"]) == (True, 1.0, 1.0)
-    assert "rewards.verifier (the truth)" in capsys.readouterr().out
+    assert "(truth)" in capsys.readouterr().out
     assert "chat" not in found
 
 
 def test_answers_of_the_student_where_training_takes_others(call: Any) -> None:
     """`sft` trains on references; the signals are about the student's own attempts."""
-    rows = lines(call("sft", "out", "sampler.generate.max_tokens=5", "sampler.max_tokens=none", samples=2))
-    assert {row["tokens"] for row in rows} <= {1, 2, 3, 4, 5}
+    rows = lines(call("sft", "out", samples=2))
+    assert len({row["tokens"] for row in rows}) > 1
     assert all(row["signals"]["student_logp"] < 0 for row in rows)
 
 
@@ -432,7 +434,7 @@ def test_images_are_refused(tmp_path: Path) -> None:
     [
         ("rubrik", [], ConfigError, "rubric"),
         ("rubric", ["rewards.rubric.judge.faults.wrong_verdict=0.1"], ConfigError, "wrong_verdicts"),
-        ("rubric", ["rewards.rubric.rubric_prompt=nowhere.txt"], ConfigError, "nowhere.txt"),
+        ("rubric", ["rewards.rubric.rubric_prompt=nowhere.txt"], DataError, "nowhere.txt"),
         ("opd", ["task.kind=jsonl", "task.path=nowhere.jsonl"], DataError, "nowhere.jsonl"),
         ("opd", ["learner.model=./nowhere"], ModelError, r"learner\.model"),
         ("opd", ["teachers.main.model=./nowhere"], ModelError, r"teachers\.main\.model"),

@@ -24,7 +24,7 @@ from reflux import checks
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig, Track, config_hash, load_recipe, part_context
 from reflux.config.requirements import Requirements
-from reflux.config.step_context import SamplingParams
+from reflux.config.step_context import SamplingParams, seed_of
 from reflux.errors import ConfigError, DataError, RunError
 from reflux.evals.attempt_signals import Row, described, measured
 from reflux.evals.prompt_difficulty import training_prompts
@@ -198,7 +198,7 @@ def _summary(
     truths = [f"rewards.{name}" for name, reward in cfg.rewards.items() if reward.verifies]
     return {
         "recipe": cfg.recipe,
-        **summarised(rows, described(cfg.rewards, aliases), truths, cfg.seed),
+        **summarised(rows, described(cfg.rewards, aliases), truths, seed_of("signal", cfg.seed)),
         "settings": settings,
         **({"chat": chat} if chat else {}),
         "commit": commit(),

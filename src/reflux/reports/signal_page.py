@@ -58,7 +58,7 @@ def signal_rows(found: Row) -> list[tuple[tuple[str, ...], str]]:
     for name, entry in table(found.get("signals")).items():
         ranks = table(entry)
         cells = (
-            f"{name} (the truth)" if ranks.get("truth") else str(name),
+            f"{name} (truth)" if ranks.get("truth") else str(name),
             *(_told(ranks, key) for key, *_ in _KINDS),
             *(count(number(ranks.get(key))) for key in ("pairs", "prompts")),
             percent(number(ranks.get("missing"))),
