@@ -17,7 +17,7 @@ from reflux.cli.rank_signals import PARTIAL, rank_signals
 from reflux.config.recipe import load_recipe
 from reflux.config.step_context import SamplingParams
 from reflux.credit.margin import Margin
-from reflux.errors import ConfigError, DataError, ModelError, RunError
+from reflux.errors import ConfigError, DataError, ModelError, RunError, ServerError
 from reflux.evals import attempt_signals
 from reflux.evals.attempt_signals import described, measured
 from reflux.evals.signal_summary import summarised
@@ -260,6 +260,15 @@ def test_groups_that_a_judge_cannot_judge_are_missing(tmp_path: Path) -> None:
     assert found["signals"]["rewards.rubric"]["missing"] == pytest.approx(missing)
     assert found["signals"]["length"]["missing"] == 0
     assert any("the group was not judged" in note for note in found["notes"])
+
+
+def test_a_judge_that_judges_nothing_ends_the_call(tmp_path: Path) -> None:
+    """It could be repeated, once the judge is mended."""
+    changes = ["threads=1", "sampler.max_tokens=9", "rewards.rubric.judge.faults.cut_json=1.0"]
+    with pytest.raises(ServerError, match="none of the 4 attempts at these 2 prompts got a reward") as ended:
+        rank_signals("rubric", changes, 2, 2, tmp_path / "out")
+    assert "4 x the group was not judged: the answer of rules cannot be used" in str(ended.value)
+    assert not (tmp_path / "out" / "signal.json").exists()
 
 
 @pytest.fixture

@@ -57,8 +57,8 @@ def rank_signals(
 
     samples: attempts per prompt; None: the recipe's group_size, or 8 if that is 1. prompts: the number of
     training prompts. out: the output folder. Raises ConfigError for a task that judges nothing and for a
-    recipe of images, and RunError for a folder that holds finished signals, or signals made with other
-    settings.
+    recipe of images, RunError for a folder that holds finished signals, or signals made with other settings,
+    and ServerError if a judge judges nothing.
     """
     whole = load_recipe(recipe, overrides)
     _refuse(whole)

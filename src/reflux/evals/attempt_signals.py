@@ -7,6 +7,7 @@ signals in this way before training.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ import numpy as np
 from reflux.config.registry import kind_of
 from reflux.config.step_context import SamplingParams
 from reflux.credit.log_ratio import log_ratio_T, mean_of_finite
+from reflux.errors import ServerError
 from reflux.evals.prompt_difficulty import CORRECT
 from reflux.rewards.base import OpenReward, RewardFn, judge
 from reflux.rewards.weighted import values_by_name
 from reflux.runtime.together import together
-from reflux.types import Attempt, Prompt, Reward
+from reflux.types import UNJUDGED, Attempt, Group, Prompt, Reward
 
 if TYPE_CHECKING:
     from reflux.evals.evaluation import Evaluation
@@ -68,6 +70,8 @@ async def measured(
     """The attempts at each prompt as rows, by prompt id, for `at_once` prompts that are sampled together.
     rewards: those of the recipe. reward: all of them, opened. samples: attempts per prompt. draw: the
     sampling parameters. The attempts depend on prompt and sample index alone.
+
+    Raises ServerError if none of the attempts at `at_once` prompts gets a reward.
     """
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
@@ -75,6 +79,7 @@ async def measured(
         verdicts = iter(await evaluation.judged([attempt for group in groups for attempt in group]))
         # Contexts of teachers may show the rewards, so these come first.
         await together(judge(reward, group) for group in groups)
+        _refuse_silence(reward, groups)
         teachers: Sequence[str] = ()
         if evaluation.teachers is not None:
             await evaluation.teachers.score(groups, evaluation.step_context)
@@ -83,6 +88,24 @@ async def measured(
             prompt.id: [_row(attempt, next(verdicts), rewards, teachers) for attempt in group]
             for prompt, group in zip(chunk, groups, strict=True)
         }
+
+
+def _refuse_silence(reward: OpenReward | None, groups: Sequence[Group]) -> None:
+    """ServerError, with the reasons, if no attempt at all got a reward, as from a server that is down."""
+    found = [
+        attempt.reward or Reward(None)
+        for group in groups
+        for attempt in group
+        if attempt.rollout.finish not in UNJUDGED
+    ]
+    if reward is None or not found or any(each.value is not None for each in found):
+        return
+    reasons = Counter(each.error or "no verdict was given" for each in found)
+    listed = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common())
+    raise ServerError(
+        f"none of the {len(found)} attempts at these {len(groups)} prompts got a reward. When the cause is "
+        f"mended, repeat the command: it keeps the prompts before these. The reasons:\n{listed}"
+    )
 
 
 def _row(attempt: Attempt, verdict: Reward, rewards: Mapping[str, RewardFn], teachers: Sequence[str]) -> Row:

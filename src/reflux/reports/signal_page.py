@@ -98,7 +98,7 @@ def signal_chart(found: Row) -> Chart:
             "xaxis_range": [-0.02, 1.02],
             "xaxis_dtick": 0.25,
             "yaxis": {**names, "range": [len(rows) - 0.5, -0.5], "zeroline": False},
-            "shapes": [{**half, "line": {"color": GREY, "width": 2, "dash": "dash"}}],
+            "shapes": [{**half, "line": {"color": GREY, "width": 2}}],
         },
     )
     for key, label, colour, beside in _KINDS:
