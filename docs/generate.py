@@ -84,6 +84,7 @@ MATHS = (
     "reflux.evals.prompt_difficulty",
     "reflux.loss.linear_divergence",
     "reflux.metrics.intervals",
+    "reflux.metrics.ranking",
 )
 # The groups whose parts make up a method.
 METHOD = ("objectives", "credit", "contexts", "extrapolation")

@@ -116,6 +116,17 @@ class Chat(TaskPart):
         return Talkative(self.word, self.replies) if self.replies else None
 
 
+@dataclass(frozen=True, config=STRICT)
+class Unjudged(Chat):
+    """A task with turns whose verifier gives no verdict."""
+
+    replies: int = 1
+
+    @property
+    def judges(self) -> bool:
+        return False
+
+
 class Talkative:
     """Answers so many turns with one word."""
 

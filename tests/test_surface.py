@@ -18,7 +18,7 @@ from reflux.config.groups import GROUPS
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.config.registry import kinds, part
 
-VERBS = "run plan eval report difficulty answers serve-oracle list cite doctor"
+VERBS = "run plan eval report difficulty signal answers serve-oracle list cite doctor"
 
 REGISTERED = """
 samplers      hf references imported flow vllm teacher_samples

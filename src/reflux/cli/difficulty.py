@@ -8,7 +8,6 @@ is left out. Images have neither temperature nor top-p: they are sampled with th
 from __future__ import annotations
 
 import asyncio
-import json
 import shlex
 import tempfile
 from collections import Counter
@@ -38,7 +37,8 @@ from reflux.evals.prompt_difficulty import (
     training_prompts,
 )
 from reflux.runtime.services import Services
-from reflux.storage.files import append_lines, jsonable, keep_lines, read_lines, write_text
+from reflux.storage.files import append_lines, write_lines, write_text
+from reflux.storage.partial_results import taken_up
 from reflux.storage.run_dir import check_place, make
 from reflux.tasks.base import Split, Task
 from reflux.tasks.jsonl import Jsonl
@@ -97,32 +97,16 @@ def balance_prompts(
         "prompts": len(asked),
         "config_hash": config_hash(cfg),
     }
-    known = _taken_up(folder / PARTIAL, said)
+    known = {row["id"]: row for row in taken_up(folder / PARTIAL, said, "counts")}
     counted = asyncio.run(_count(cfg, asked, known, samples, sampling, folder / PARTIAL))
     copies = copies_of(counted, cap)
-    _write(
+    write_lines(
         folder / "difficulty.jsonl", [entry.line(times) for entry, times in zip(counted, copies, strict=True)]
     )
-    _write(folder / "prompts.jsonl", [as_line(prompt) for prompt in repeated(asked, copies)])
+    write_lines(folder / "prompts.jsonl", [as_line(prompt) for prompt in repeated(asked, copies)])
     write_text(folder / "recipe.toml", to_toml(replace(whole, task=_balanced(folder, whole.task))))
     (folder / PARTIAL).unlink()
     _show(folder, counted, copies, samples)
-
-
-def _taken_up(path: Path, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The counts of an earlier call, by prompt id. Raises RunError if it had other settings."""
-    # An incomplete last line is removed. Otherwise the next line would be appended to it.
-    keep_lines(path, lambda row: True)
-    rows = list(read_lines(path))
-    if not rows:
-        append_lines(path, [said])
-        return {}
-    if rows[0] != said:
-        changed = ", ".join(key for key in said if rows[0].get(key) != said[key])
-        raise RunError(
-            f"{path} holds counts made with other settings ({changed}). Choose another folder with --out."
-        )
-    return {row["id"]: row for row in rows[1:]}
 
 
 async def _count(
@@ -198,14 +182,10 @@ def _held_out(path: Path, task: Task, split: Split) -> str | None:
     except DataError as error:
         prompts, why = [], f" ({error})"
     if prompts:
-        _write(path, [as_line(prompt) for prompt in prompts])
+        write_lines(path, [as_line(prompt) for prompt in prompts])
         return str(path)
     console.print(f"note: no {split} prompts{why}. An evaluation on them needs task.{split}=FILE", **NOTE)
     return None
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(jsonable(row)) + "\n" for row in rows))
 
 
 def _show(folder: Path, counted: Sequence[Counted], copies: Sequence[int], samples: int) -> None:

@@ -1,4 +1,4 @@
-"""The command line: run, plan, eval, report, difficulty, answers, serve-oracle, list, cite, doctor.
+"""The command line: run, plan, eval, report, difficulty, signal, answers, serve-oracle, list, cite, doctor.
 Each command imports the large libraries that it needs, so the others start fast.
 """
 
@@ -150,6 +150,32 @@ def difficulty(
     from reflux.cli.difficulty import balance_prompts
 
     balance_prompts(recipe, overrides or [], samples, prompts, (temperature, top_p), cap, out)
+
+
+@app.command()
+def signal(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples",
+            min=2,
+            help="Attempts per prompt; by default the recipe's group_size, or 8 if that is 1.",
+        ),
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Number of training prompts.")] = 64,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The output folder; by default runs/RECIPE-signal.")
+    ] = None,
+) -> None:
+    """Measure how well rewards and teachers rank the student's attempts, against the task's verifier, before
+    training: AUC, and pairs of a right and a wrong attempt at one prompt. The student's own log-prob and the
+    length are the controls.
+    """
+    from reflux.cli.rank_signals import rank_signals
+
+    rank_signals(recipe, overrides or [], samples, prompts, out)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The log-ratio of teacher and student at the sampled tokens. Returns and margins are computed from it."""
+"""The log-ratio of teacher and student at the sampled tokens, and the return of an attempt: its mean."""
 
 from __future__ import annotations
 
@@ -45,3 +45,11 @@ def log_ratio_T(attempt: Attempt, teacher: str, student: Side = "behaviour") -> 
     with np.errstate(invalid="ignore"):
         # -inf - -inf is NaN. Such a token is treated as one that was not chosen.
         return np.where(rollout.mask_T, target.logp_T.astype(np.float64) - own_T, np.nan)
+
+
+def mean_of_finite(values_T: np.ndarray) -> float | None:
+    """The mean over the finite entries; None if there is none. Of the log-ratios r_T it is the return of the
+    attempt, nats per token.
+    """
+    finite_T = np.isfinite(values_T)
+    return float(values_T[finite_T].mean()) if finite_T.any() else None

@@ -18,7 +18,7 @@ from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.credit import margin_rules
 from reflux.credit.base import CreditPart
-from reflux.credit.log_ratio import Side, log_ratio_T
+from reflux.credit.log_ratio import Side, log_ratio_T, mean_of_finite
 from reflux.rewards.base import unlike_threshold
 from reflux.types import Attempt, Credit, Group
 
@@ -145,9 +145,10 @@ class Margin(CreditPart):
 
     def _scored(self, index: int, attempt: Attempt) -> Scored | None:
         verdict, ratio_T = attempt.verdict, log_ratio_T(attempt, self.teacher, self.student)
-        if verdict is None or ratio_T is None or not np.isfinite(ratio_T).any():
+        value = None if ratio_T is None else mean_of_finite(ratio_T)
+        if verdict is None or ratio_T is None or value is None:
             return None
-        return Scored(index, ratio_T, verdict >= self.threshold, attempt.rollout.finish == "length")
+        return Scored(index, ratio_T, value, verdict >= self.threshold, attempt.rollout.finish == "length")
 
 
 @plain(frozen=True)
@@ -158,15 +159,12 @@ class Scored:
     index: int
     # log-ratio of teacher and student, nats, [T]; NaN where the student did not choose
     ratio_T: np.ndarray
+    # the return of the attempt, nats per token
+    value: float
     # True if its reward is at least the threshold
     correct: bool
     # True if it reached the length limit
     cut: bool
-
-    @property
-    def value(self) -> float:
-        """The return of the attempt, nats per token."""
-        return float(self.ratio_T[np.isfinite(self.ratio_T)].mean())
 
     @property
     def notes(self) -> dict[str, float]:

@@ -1,16 +1,10 @@
 """Writes report.html: the results of one run on one page that opens offline. It reads the run directory only.
 
-The page contains its own scripts and forbids all others: a content security policy names the two scripts by
-their hashes, and nothing is fetched. The template escapes all text of models, prompts and names. Images are
-decoded and encoded again.
+Images are decoded and encoded again. `rendering` says what keeps a page safe.
 """
 
 from __future__ import annotations
 
-import base64
-import gzip
-import hashlib
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +21,7 @@ from reflux.reports.metrics import read_metrics
 from reflux.reports.overview import overview
 from reflux.reports.reading import json_table, rows, toml_table
 from reflux.reports.recorded import Recorded
+from reflux.reports.rendering import rendered
 from reflux.reports.splits import split_charts
 from reflux.reports.steps import outside_chart, variance_chart
 from reflux.reports.strips import read_strips
@@ -51,7 +46,8 @@ def write_report(run_dir: Path) -> Path:
             f"{run_dir} is not a run directory. Pass the folder that `reflux run` printed."
         )
     target = run_dir / "report.html"
-    files.write_text(target, _render(_page(run_dir)))
+    page = _page(run_dir)
+    files.write_text(target, rendered("page.html", page, [*page["progress"], *page["costs"]]))
     return target
 
 
@@ -102,35 +98,3 @@ def _page(run_dir: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _render(page: dict[str, Any]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    library = get_plotlyjs()
-    assets = {
-        name: resources.files("reflux.reports").joinpath("assets", name).read_text(encoding="utf-8")
-        for name in ("page.css", "page.js")
-    }
-    environment = Environment(
-        loader=PackageLoader("reflux.reports", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
-        **page,
-        css=assets["page.css"],
-        script=assets["page.js"],
-        hashes=[_hash(assets["page.js"]), _hash(library)],
-        # compressed to a third of its size; the browser unpacks it
-        library=base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode(),
-        drawn=any(chart.figure is not None for chart in [*page["progress"], *page["costs"]]),
-    )
-
-
-def _hash(script: str) -> str:
-    """The hash that names a script in a content security policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -31,10 +31,24 @@ async def open_rewards(
             for name, reward in rewards.items()
         }
         weights = {name: reward.weight for name, reward in rewards.items()}
-        if len(opened) == 1 and set(weights.values()) == {1.0}:
+        if _unchanged(rewards):
             yield next(iter(opened.values()))
         else:
             yield OpenWeighted(opened, weights) if opened else None
+
+
+def _unchanged(rewards: Mapping[str, RewardFn]) -> bool:
+    """True if the only reward counts as it is."""
+    return [reward.weight for reward in rewards.values()] == [1.0]
+
+
+def values_by_name(rewards: Mapping[str, RewardFn], found: Reward) -> dict[str, float | None]:
+    """The value of each reward, without its weight. rewards: those of the recipe. found: what the object that
+    `open_rewards` gives returned for one attempt.
+    """
+    if _unchanged(rewards):
+        return dict.fromkeys(rewards, found.value)
+    return {name: found.parts.get(name) for name in rewards}
 
 
 class OpenWeighted:

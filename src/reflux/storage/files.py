@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,13 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     scratch.replace(path)
     sync_folder(path.parent)
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace the content of `path` by rows in one step, one JSON object per line. NaN and infinity are
+    written as null.
+    """
+    write_text(path, "".join(json.dumps(jsonable(row)) + "\n" for row in rows))
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
