@@ -267,11 +267,11 @@ def judged() -> list[Group]:
         groups.append([])
         for sample, length in enumerate(lengths):
             mask = [t not in (2, 3) for t in range(length)]
-            one = tiny.attempt(rollout(length, seed=seed, sample=sample, mask=mask), teacher)
+            one = tiny.attempt(rollout(length, seed=seed, sample=sample, mask=mask))
             one.reward = Reward(float(sample))
-            one.answers["main"].target.logp_T = one.rollout.logp_T + np.sin(np.arange(length) + 1).astype(
-                "f4"
-            )  # type: ignore[union-attr]
+            known_T = one.rollout.logp_T + np.sin(np.arange(length) + 1).astype(np.float32)
+            target = replace(tiny.hidden(teacher, one.rollout), logp_T=known_T)
+            one.answers["main"] = TeacherAnswer(target=target)
             groups[-1].append(one)
     return groups
 

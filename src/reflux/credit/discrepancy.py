@@ -50,7 +50,8 @@ class Discrepancy(CreditPart):
     "behaviour" is the policy that sampled. "now" is the current student, which with staleness needs one more
     forward pass. A token that one of the two models finds impossible has an infinite d; F_t is then the share
     of such tokens that lie before t. An attempt without any discrepancy has weight 1 + gamma everywhere. An
-    attempt that the teacher did not score, or that ended in an error, has weight 1. Neutral: gamma = 0.
+    attempt that the teacher did not score, or that ended in an error, has weight 1. Neutral: gamma = 0. Only
+    for attempts made of tokens.
 
     Notes over scored attempts: `discrepancy` (mean of the finite d over chosen positions, nats) and
     `first_half` (the share of the chosen positions at which F is below one half). arXiv 2606.22600. The

@@ -54,11 +54,11 @@ class SignGate(CreditPart):
     `conflicting` 1 is the inverse gate, the paper's ablation. To leave out whole attempts instead, `balance`
     with ratio inf keeps the correct ones only, and with ratio 0 the wrong ones.
 
-    Note `conflicting`: the share of the chosen tokens of judged and scored attempts that conflict. arXiv
-    2608.24696 (OPDVR). The formula is taken from published descriptions of the paper, which agree; the paper
-    itself was not available to us. Its variant GRPD takes the sign of the group advantage instead of the
-    verdict. For verdicts of 0 and 1 that differs only in groups that are all correct or all wrong, which GRPD
-    leaves out.
+    Only for attempts made of tokens. Note `conflicting`: the share of the chosen tokens of judged and scored
+    attempts that conflict. arXiv 2608.24696 (OPDVR). The formula is taken from published descriptions of the
+    paper, which agree; the paper itself was not available to us. Its variant GRPD takes the sign of the group
+    advantage instead of the verdict. For verdicts of 0 and 1 that differs only in groups that are all correct
+    or all wrong, which GRPD leaves out.
     """
 
     when: ClassVar[str] = (
