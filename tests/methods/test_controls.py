@@ -21,9 +21,10 @@ from reflux.assets.characters import character_tokenizer
 from reflux.config.step_context import StepContext
 from reflux.credit.balance import Balance
 from reflux.credit.base import share_credit
-from reflux.credit.discrepancy import Discrepancy, share_before
+from reflux.credit.discrepancy import Discrepancy
+from reflux.credit.shares import least_likely, share_before
 from reflux.credit.sign_gate import SignGate
-from reflux.credit.unlikely import Unlikely, least_likely
+from reflux.credit.unlikely import Unlikely
 from reflux.loss.term import Rows
 from reflux.models.text import as_model
 from reflux.objectives.policy_gradient import PolicyGradient
@@ -267,10 +268,11 @@ def judged() -> list[Group]:
         groups.append([])
         for sample, length in enumerate(lengths):
             mask = [t not in (2, 3) for t in range(length)]
-            one = tiny.attempt(rollout(length, seed=seed, sample=sample, mask=mask))
+            spoken = rollout(length, seed=seed, sample=sample, mask=mask)
+            one = tiny.attempt(spoken)
             one.reward = Reward(float(sample))
-            known_T = one.rollout.logp_T + np.sin(np.arange(length) + 1).astype(np.float32)
-            target = replace(tiny.hidden(teacher, one.rollout), logp_T=known_T)
+            known_T = spoken.logp_T + np.sin(np.arange(length) + 1).astype(np.float32)
+            target = replace(tiny.hidden(teacher, spoken), logp_T=known_T)
             one.answers["main"] = TeacherAnswer(target=target)
             groups[-1].append(one)
     return groups
@@ -307,7 +309,10 @@ def test_what_the_student_did_not_choose_changes_no_weight(kind: str) -> None:
     plain, changed = judged(), judged()
     for group in changed:
         for one in group:
-            for values_T in (one.rollout.logp_T, one.target("main").logp_T):  # type: ignore[union-attr]
+            target = one.target("main")
+            assert target is not None
+            assert target.logp_T is not None
+            for values_T in (one.rollout.logp_T, target.logp_T):
                 values_T[~one.rollout.mask_T] = -77.0
     share_credit(plain, {kind: RULES[kind]}, NOW)
     share_credit(changed, {kind: RULES[kind]}, NOW)

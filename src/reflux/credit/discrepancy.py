@@ -16,7 +16,9 @@ from reflux.config.registry import STRICT
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
-from reflux.credit.log_ratio import Side, log_ratio_T, ratio_advice, ratio_refusals
+from reflux.credit.log_ratio import Side, log_ratio_T
+from reflux.credit.log_ratio_rules import ratio_advice, ratio_refusals
+from reflux.credit.shares import share_before
 from reflux.types import Attempt, Credit, Group
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ class Discrepancy(CreditPart):
     teacher: str = "main"
 
     gives_offsets = False
-    min_group: ClassVar[int] = 1
+    min_group = 1
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (IW_OPD,)
@@ -99,19 +101,3 @@ class Discrepancy(CreditPart):
         finite_N = np.abs(ratio_T[np.isfinite(ratio_T)])
         notes = {"discrepancy": float(finite_N.mean())} if len(finite_N) else {}
         return Credit(weight_T=weight_T, notes={**notes, "first_half": float((before_N < 0.5).mean())})
-
-
-def share_before(discrepancy_N: np.ndarray) -> np.ndarray:
-    """The share of the sum of discrepancy_N that lies before each position; float64, [N], in [0, 1].
-
-    If some values are infinite, all count alike and the finite ones not at all: the limit in which the
-    infinite ones grow together. NaN counts as 0. If the sum is 0, the share is 0. discrepancy_N: >= 0.
-    """
-    infinite_N = np.isinf(discrepancy_N)
-    d_N = (
-        infinite_N.astype(np.float64) if infinite_N.any() else np.nan_to_num(discrepancy_N.astype(np.float64))
-    )
-    up_to_N = np.cumsum(d_N)
-    if not len(d_N) or not up_to_N[-1] > 0:
-        return np.zeros(len(d_N))
-    return np.concatenate([[0.0], up_to_N[:-1]]) / up_to_N[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class GroupAdvantage(CreditPart):
     baseline: Literal["mean", "others"] = "mean"
 
     gives_offsets = True
-    min_group: ClassVar[int] = 2
+    min_group = 2
 
     def __post_init__(self) -> None:
         number(self.nats, "nats")

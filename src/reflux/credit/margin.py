@@ -18,7 +18,8 @@ from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.credit import margin_rules
 from reflux.credit.base import CreditPart
-from reflux.credit.log_ratio import Side, log_ratio_T, ratio_advice
+from reflux.credit.log_ratio import Side, log_ratio_T
+from reflux.credit.log_ratio_rules import ratio_advice
 from reflux.rewards.base import unlike_threshold
 from reflux.types import Attempt, Credit, Group
 
@@ -80,7 +81,7 @@ class Margin(CreditPart):
     retain: float = 0.25
     teacher: str = "main"
 
-    min_group: ClassVar[int] = 2
+    min_group = 2
 
     def __post_init__(self) -> None:
         _check_delta(self.delta, endless=self.action == "mask")

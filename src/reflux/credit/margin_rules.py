@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from reflux.credit.log_ratio import ratio_refusals
+from reflux.credit.log_ratio_rules import ratio_refusals
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig

@@ -17,7 +17,8 @@ from reflux.config.registry import STRICT
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
-from reflux.credit.log_ratio import Side, log_ratio_T, ratio_advice, ratio_refusals
+from reflux.credit.log_ratio import Side, log_ratio_T
+from reflux.credit.log_ratio_rules import ratio_advice, ratio_refusals
 from reflux.rewards.base import unlike_threshold
 from reflux.types import Attempt, Credit, Group
 
@@ -76,7 +77,7 @@ class SignGate(CreditPart):
     teacher: str = "main"
 
     gives_offsets = False
-    min_group: ClassVar[int] = 1
+    min_group = 1
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.threshold):

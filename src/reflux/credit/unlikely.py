@@ -15,6 +15,7 @@ from reflux.config.registry import STRICT, kind_of
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
+from reflux.credit.shares import least_likely
 from reflux.types import Attempt, Credit, Group, TokenRollout
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Unlikely(CreditPart):
     max_probability: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     gives_offsets = True
-    min_group: ClassVar[int] = 1
+    min_group = 1
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.advantage):
@@ -107,21 +108,3 @@ class Unlikely(CreditPart):
         if taken_T.any():
             notes["taken_nats"] = -float(rollout.policy_logp_T[taken_T].mean(dtype=np.float64))
         return Credit(advantage_offset_T=np.where(taken_T, self.advantage, 0.0), notes=notes)
-
-
-def least_likely(
-    logp_T: np.ndarray, mask_T: np.ndarray, share: float, max_probability: float = 1.0
-) -> np.ndarray:
-    """True at the max(1, floor(share * n)) of the n positions in mask_T with the lowest log-prob, without
-    those whose probability is above max_probability; bool, [T].
-
-    Among equal log-probs the earlier position comes first. Without a position in mask_T: False everywhere.
-    logp_T: nats.
-    """
-    chosen_N = np.flatnonzero(mask_T)
-    # the small term keeps a product such as 0.29 * 100 from falling below the integer that it stands for
-    count = max(1, math.floor(share * len(chosen_N) + 1e-9))
-    lowest_N = chosen_N[np.argsort(logp_T[chosen_N], kind="stable")[:count]]
-    taken_T = np.zeros(len(mask_T), dtype=bool)
-    taken_T[lowest_N] = max_probability == 1 or logp_T[lowest_N] <= math.log(max_probability)
-    return taken_T
