@@ -65,7 +65,7 @@ class Half(CreditPart):
     factor: float = 0.5
 
     gives_offsets: ClassVar[bool] = False
-    min_group: ClassVar[int] = 1
+    min_group = 1
 
     @property
     def requirements(self) -> Requirements:

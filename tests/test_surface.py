@@ -25,7 +25,7 @@ samplers      hf references imported flow vllm teacher_samples
 teachers      flow local self vllm
 contexts      same peers privileged replay
 objectives    sampled_kl divergence nll policy_gradient velocity_kl
-credit        prefix position group_advantage release margin freshness balance
+credit        prefix position group_advantage release margin freshness balance discrepancy sign_gate unlikely
 rewards       verifier environment recorded rubric judge
 learners      flow fsdp hf
 extrapolation  extrapolate
@@ -70,14 +70,17 @@ objectives.sampled_kl   teacher='main' coef=1.0 baseline='none' baseline_k=20 ra
 objectives.divergence   teacher='main' coef=1.0 divergence='reverse' beta=None support='full' k=100 tail='bucket' tail_floor=1e-07
                         ratio='none' ratio_cap=5.0
 objectives.nll          coef=1.0
-objectives.policy_gradient      coef=1.0 ratio='clip' clip=(0.2,0.2)
+objectives.policy_gradient      coef=1.0 ratio='clip' clip=(0.2,0.2) count_dead_groups=True
 objectives.velocity_kl  teacher='main' coef=1.0 scale='nats' weight='kl'
 credit.prefix           length start=0 special_tokens=True
 credit.position         weight
-credit.group_advantage          nats=1.0 normalise_std=False std_floor=1e-06
+credit.group_advantage          nats=1.0 normalise_std=False std_floor=1e-06 baseline='mean'
 credit.margin           delta=0.4 mode='mean' direction='spread' action='shift' level='token' threshold=0.5 student='behaviour'
                         retain=0.25 teacher='main'
 credit.balance          ratio=1.0 threshold=0.5
+credit.discrepancy      gamma=0.5 student='behaviour' teacher='main'
+credit.sign_gate        agreeing=1.0 conflicting=0.0 threshold=0.5 student='behaviour' teacher='main'
+credit.unlikely         advantage=-0.5 share=0.2 max_probability=1.0
 credit.freshness        teacher='main' k=100 alpha=1.0 beta=1.0 floor=0.05 lag_power=1.0 drift='exact' rescale=False
 credit.release          k=4 min_segments=8 min_side=3 min_gain=0.0 segments='sentences' rescale=True candidates='behaviour' teacher='main'
 rewards.verifier        timeout_s=10.0 workers=1 weight=1.0

@@ -39,7 +39,7 @@ class Surprise(CreditPart):
     teacher: str = "main"
 
     gives_offsets = False
-    min_group: ClassVar[int] = 1
+    min_group = 1
     when: ClassVar[str] = (
         "The teacher agrees with most of an answer, and only tokens that are unlikely under it should count."
     )

@@ -53,6 +53,49 @@ def test_the_three_denominators_by_hand() -> None:
             assert found == pytest.approx(expected)
 
 
+def test_dead_groups_are_left_out_of_the_denominator_of_the_objective_that_says_so() -> None:
+    """A group of which one attempt has an offset (3 and 2 chosen of it), and a dead group (4 chosen)."""
+    groups = [
+        [
+            objective_teachers(3, seed=1, shift=1.0),
+            objective_teachers(2, seed=1),
+            objective_teachers(6, finish="error"),
+        ],
+        [objective_teachers(4, seed=2)],
+    ]
+    objectives = [SampledKL(), PolicyGradient(count_dead_groups=False), PolicyGradient(coef=2.0)]
+    for loss_aggregation, (kl, alive, all_of_them) in {
+        "token-mean": (1 / 9, 1 / 5, 2 / 9),
+        "seq-mean-token-mean": (1 / 9, 1 / 6, 2 / 9),
+        "token-mean-weighted": (1 / 9, 1 / 3, 2 / 3),
+    }.items():
+        first, *others = plan(groups, objectives, loss_aggregation)
+        assert [float(coef_N[0]) for coef_N in first.coef_KN] == pytest.approx([kl, alive, all_of_them])
+        assert [[coef_N is None for coef_N in item.coef_KN] for item in others] == [[False, True, True]] * 2
+    dead = [groups[1]]
+    assert plan(dead, [PolicyGradient(count_dead_groups=False)], "token-mean") == []
+
+
+def test_a_batch_without_its_dead_groups_is_the_batch_that_does_not_count_them() -> None:
+    alive = [[objective_teachers(3, seed=i, shift=1.0), objective_teachers(i + 1, seed=i)] for i in range(3)]
+    dead = [[objective_teachers(5, seed=9)]]
+    skips = PolicyGradient(count_dead_groups=False)
+    for loss_aggregation in ("token-mean", "seq-mean-token-mean", "token-mean-weighted"):
+        wanted = coefficients(alive, PolicyGradient(), loss_aggregation)
+        assert coefficients([*dead, *alive, *dead], skips, loss_aggregation) == wanted
+        # two ranks: each adds its own counts up with those of the other
+        counts = [
+            counted(part, skips, loss_aggregation) for part in ([*dead, *alive[:1]], [*alive[1:], *dead])
+        ]
+        assert sum(counts) == counted(alive, PolicyGradient(), loss_aggregation)
+
+
+def counted(groups: Any, objective: Any, loss_aggregation: str) -> int:
+    seen: list[int] = []
+    plan(groups, [objective], loss_aggregation, lambda counts_C: seen.append(int(counts_C[0])) or counts_C)
+    return seen[0]
+
+
 def test_positions_kept_are_counted_per_objective() -> None:
     silent = attempt(rollout(4, seed=2))
     pushed = objective_teachers(3, seed=1, shift=[0.0, 1.0, 0.0])

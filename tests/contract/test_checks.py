@@ -409,6 +409,32 @@ ILLEGAL |= {
         {"credit.balance": {}, **REWARD},
         "credit.balance compares the attempts at one prompt",
     ),
+    "discrepancy of nobody": (
+        "opd",
+        {"credit.discrepancy": {"teacher": "x"}},
+        "credit.discrepancy.teacher: there is no teacher 'x'. Known: main",
+    ),
+    "discrepancy of the answers of others": (
+        "sft",
+        {"credit.discrepancy": {}},
+        "credit.discrepancy compares the teacher with the log-probs of the student that sampled",
+    ),
+    "a gate without verdicts": ("opd", {"credit.sign_gate": {}}, "credit.sign_gate needs rewards"),
+    "a gate on the answers of others": (
+        "sft",
+        {"credit.sign_gate": {}, **REWARD},
+        "credit.sign_gate compares the teacher with the log-probs of the student that sampled",
+    ),
+    "unlikely tokens of images": (
+        "flow_grpo",
+        {"credit.unlikely": {}},
+        "credit.unlikely compares the probabilities of tokens, and images have none",
+    ),
+    "unlikely tokens of others": (
+        "sft",
+        {"credit.unlikely": {}},
+        "credit.unlikely reads the probabilities with which the student sampled",
+    ),
     "peers in groups of one": (
         "peers",
         {"group_size": 1},
@@ -603,6 +629,27 @@ def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: in
             "uni_opd",
             {"max_staleness": 1},
             'credit.margin: student = "behaviour" compares with the student of up to 1 steps ago',
+        ),
+        (
+            "opdvr",
+            {"loss_aggregation": "token-mean-weighted"},
+            'credit.sign_gate with loss_aggregation = "token-mean-weighted"',
+        ),
+        (
+            "opdvr",
+            {"rewards.verifier.weight": 2.0},
+            "credit.sign_gate.threshold = 0.5 is compared with the sum",
+        ),
+        (
+            "iw_opd",
+            {"max_staleness": 2},
+            'credit.discrepancy: student = "behaviour" compares with the student of up to 2 steps ago',
+        ),
+        ("unlikely", {"credit.unlikely.advantage": 0.2}, "makes unlikely tokens more likely"),
+        (
+            "rl",
+            {"loss_aggregation": "token-mean-weighted", "objectives.0.count_dead_groups": False},
+            "objectives[0].count_dead_groups = false has no effect",
         ),
         (
             "peers",

@@ -15,12 +15,15 @@ from reflux.contexts.replay import Replay
 from reflux.contexts.same import Same
 from reflux.credit.balance import Balance
 from reflux.credit.base import CreditRule
+from reflux.credit.discrepancy import Discrepancy
 from reflux.credit.freshness import Freshness
 from reflux.credit.group_advantage import GroupAdvantage
 from reflux.credit.margin import Margin
 from reflux.credit.position import Position
 from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release
+from reflux.credit.sign_gate import SignGate
+from reflux.credit.unlikely import Unlikely
 from reflux.engines.endpoints.base import Endpoint
 from reflux.engines.endpoints.openai_api import OpenAI
 from reflux.evals.accuracy import Accuracy
@@ -98,7 +101,8 @@ def objectives() -> list[Objective]:
 
 
 def credit() -> list[CreditRule]:
-    return [Prefix(9), Position(1.0), GroupAdvantage(), Release(), Margin(), Balance(), Freshness()]
+    given: list[CreditRule] = [Prefix(9), Position(1.0), GroupAdvantage(), Release(), Margin(), Balance()]
+    return [*given, Freshness(), Discrepancy(), SignGate(), Unlikely()]
 
 
 def rewards() -> list[RewardFn]:

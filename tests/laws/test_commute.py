@@ -34,6 +34,9 @@ RULES = {
     "margin": {"kind": "margin", "delta": 0.7},
     "balance": {"kind": "balance", "ratio": 0.5},
     "freshness": {"kind": "freshness", "floor": 0.3},
+    "discrepancy": {"kind": "discrepancy", "gamma": 0.7},
+    "sign_gate": {"kind": "sign_gate", "conflicting": 0.3},
+    "unlikely": {"kind": "unlikely", "advantage": -0.13},
 }
 # freshness refuses the default, which does not count positions of weight 0
 TOKEN_MEAN = {"loss_aggregation": "token-mean"}

@@ -35,6 +35,9 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "balance": {"ratio": "none"},
     "release": {"segments": 1, "min_segments": 100, "rescale": False},
     "freshness": {"alpha": 0.0, "beta": 0.0, "lag_power": 0.0, "floor": 0.0},
+    "discrepancy": {"gamma": 0.0},
+    "sign_gate": {"conflicting": 1.0},
+    "unlikely": {"advantage": 0.0},
 }
 
 # the answers are short, so a change point is found wherever one is possible
@@ -62,6 +65,9 @@ ACTING: dict[str, dict[str, Any]] = {
     "balance": {"ratio": 0.0},
     "release": RELEASE,
     "freshness": {"floor": 0.3},
+    "discrepancy": {"gamma": 0.5},
+    "sign_gate": {},
+    "unlikely": {},
 }
 
 

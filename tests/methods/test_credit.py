@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,15 @@ from reflux.config.step_context import StepContext
 from reflux.credit import CREDIT
 from reflux.credit.balance import Balance
 from reflux.credit.base import share_credit
+from reflux.credit.discrepancy import Discrepancy
 from reflux.credit.freshness import Freshness
 from reflux.credit.group_advantage import GroupAdvantage, group_advantages
 from reflux.credit.margin import Margin
 from reflux.credit.position import Position
 from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release
+from reflux.credit.sign_gate import SignGate
+from reflux.credit.unlikely import Unlikely
 from reflux.types import (
     Attempt,
     Finish,
@@ -54,6 +58,9 @@ SETTINGS = {
     "freshness": Setting(
         Freshness(drift="sampled", floor=0.1), Freshness(alpha=0.0, beta=0.0, lag_power=0.0, floor=0.0)
     ),
+    "discrepancy": Setting(Discrepancy(), Discrepancy(gamma=0.0)),
+    "sign_gate": Setting(SignGate(conflicting=0.3), SignGate(conflicting=1.0)),
+    "unlikely": Setting(Unlikely(), Unlikely(advantage=0.0)),
     "release": Setting(Release(segments=1, min_segments=2, min_side=1, min_gain=-9.0), Release(segments=1)),
 }
 
@@ -148,7 +155,8 @@ def test_every_rule_keeps_shape_sign_and_silence(kind):
     assert not attempts[4].weight_T.any()
     if rule.gives_offsets:
         assert not attempts[4].advantage_offset_T.any()
-        assert not attempts[5].advantage_offset_T.any()
+        # not judged
+        assert not attempts[5].advantage_offset_T.any() or not rule.requirements.reward
     else:
         assert all(not one.advantage_offset_T.any() for one in attempts)
     assert rule([], NOW) == []
@@ -157,7 +165,9 @@ def test_every_rule_keeps_shape_sign_and_silence(kind):
 def test_rules_commute_to_the_bit():
     rules = {kind: setting.acting for kind, setting in SETTINGS.items()}
     plain = weights(rules)
-    for order in itertools.permutations(rules):
+    rng = random.Random(0)
+    orders = [list(rules)[::-1], *(rng.sample(list(rules), len(rules)) for _ in range(300))]
+    for order in orders:
         assert same(weights({kind: rules[kind] for kind in order}), plain)
 
 
@@ -255,6 +265,14 @@ def test_group_advantages_by_hand():
     )
 
 
+def test_leave_one_out_by_hand_and_by_the_exact_relation():
+    assert group_advantages([1.0, 0.0, 0.0, 1.0], baseline="others") == pytest.approx(
+        [2 / 3, -2 / 3, -2 / 3, 2 / 3]
+    )
+    assert group_advantages([2.0, None, 0.0], baseline="others") == [2.0, 0.0, -2.0]
+    assert group_advantages([0.1] * 7, baseline="others") == [0.0] * 7
+
+
 def test_group_advantages_at_the_edges():
     assert group_advantages([]) == []
     assert group_advantages([3.0]) == [0.0]
@@ -285,6 +303,34 @@ def test_group_advantages_are_centred_shift_free_and_with_std_scale_free(rewards
         assert scaled == pytest.approx(made, rel=4e-6 / np.std(known, ddof=1) + 1e-9, abs=1e-9)
     elif not std:
         assert scaled == pytest.approx([scale * a for a in made], rel=1e-9, abs=1e-9)
+
+
+@given(rewards=rewards, std=st.booleans())
+def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others(rewards, std):
+    made = group_advantages(rewards, std, baseline="others")
+    known = [r for r in rewards if r is not None]
+    scale = np.std(known, ddof=1) + 1e-6 if std and len(set(known)) > 1 else 1.0
+    for i, (reward, advantage) in enumerate(zip(rewards, made, strict=True)):
+        others = [r for j, r in enumerate(rewards) if j != i and r is not None]
+        alone = reward is None or not others
+        assert advantage == pytest.approx(0.0 if alone else (reward - np.mean(others)) / scale, abs=1e-9)
+    mean = group_advantages(rewards, std)
+    if len(known) > 1:
+        factor = len(known) / (len(known) - 1)
+        assert made == pytest.approx([factor * advantage for advantage in mean], rel=1e-12)
+
+
+@pytest.mark.parametrize(("baseline", "factor"), [("others", 1.0), ("mean", 2 / 3)])
+def test_the_expected_gradient_of_three_attempts_by_enumeration(baseline, factor):
+    """Answers of one of 4 tokens; the exact gradient of the expected reward is p_v (r_v - E r)."""
+    p_V, reward_V = np.array([0.4, 0.3, 0.2, 0.1]), [0.0, 1.0, 0.25, 0.7]
+    exact_V = p_V * (np.array(reward_V) - p_V @ reward_V)
+    found_V = np.zeros(4)
+    for tokens in itertools.product(range(4), repeat=3):
+        made = group_advantages([reward_V[token] for token in tokens], baseline=baseline)
+        for token, advantage in zip(tokens, made, strict=True):
+            found_V += np.prod(p_V[list(tokens)]) * advantage * (np.eye(4)[token] - p_V) / 3
+    assert found_V == pytest.approx(factor * exact_V, abs=1e-12)
 
 
 def test_outcome_shifts_every_position_alike_and_ignores_errors_and_the_unjudged():

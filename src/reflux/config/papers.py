@@ -59,3 +59,13 @@ GRPO = Paper(
     2024,
     "Shao, Zhihong and others",
 )
+
+
+RLOO = Paper(
+    "rloo",
+    "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
+    "2402.14740",
+    2024,
+    "Ahmadian, Arash and Cremer, Chris and Gall{\\'e}, Matthias and Fadaee, Marzieh and Kreutzer, Julia and "
+    "others",
+)

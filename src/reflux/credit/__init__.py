@@ -8,4 +8,7 @@ CREDIT = {
     "margin": "reflux.credit.margin:Margin",
     "freshness": "reflux.credit.freshness:Freshness",
     "balance": "reflux.credit.balance:Balance",
+    "discrepancy": "reflux.credit.discrepancy:Discrepancy",
+    "sign_gate": "reflux.credit.sign_gate:SignGate",
+    "unlikely": "reflux.credit.unlikely:Unlikely",
 }

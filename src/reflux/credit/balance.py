@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
@@ -34,7 +34,8 @@ class Balance(CreditPart):
 
     The other attempts have weight 1. There is no advantage offset. An attempt is correct if its reward is at
     least `threshold`. The function `keep` defines which attempts stay. ratio 0 keeps only the wrong attempts,
-    inf only the correct ones, and "none" all of them (neutral). With a finite ratio above 0, one class always
+    inf only the correct ones, and "none" all of them (neutral). With 0 and inf the rule is a gate by the
+    verdict alone, and one attempt per prompt is enough. With a finite ratio above 0, one class always
     stays complete. Groups that are all correct or all wrong stay complete too. Attempts that ended in an
     error or were not judged are not counted and keep weight 1. Left-out attempts stay in the margins of the
     credit rule `margin`, and in the denominators of the loss aggregations "token-mean" and
@@ -47,7 +48,6 @@ class Balance(CreditPart):
     threshold: float = 0.5
 
     gives_offsets = False
-    min_group: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.ratio != "none":
@@ -65,6 +65,11 @@ class Balance(CreditPart):
                 'more; see "seq-mean-token-mean".'
             )
         yield from unlike_threshold(where, self.threshold, cfg.rewards)
+
+    @property
+    def min_group(self) -> int:
+        """1 where one class is left out whole, for which no comparison is needed."""
+        return 1 if self.ratio in (0, math.inf) else 2
 
     @property
     def requirements(self) -> Requirements:

@@ -44,8 +44,10 @@ class CreditPart(Part, Protocol):
 
 
 class CreditRule(CreditPart, Protocol):
-    # the smallest group size with which the rule can have an effect
-    min_group: ClassVar[int]
+    @property
+    def min_group(self) -> int:
+        """The smallest group size with which the rule can have an effect."""
+        ...
 
     @property
     def gives_offsets(self) -> bool:

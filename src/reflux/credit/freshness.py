@@ -119,7 +119,7 @@ class Freshness(CreditPart):
     rescale: bool = False
 
     gives_offsets = False
-    min_group: ClassVar[int] = 1
+    min_group = 1
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (F_OPD,)

@@ -19,6 +19,7 @@ from reflux.config.step_context import StepContext
 from reflux.credit import margin_rules
 from reflux.credit.base import CreditPart
 from reflux.credit.log_ratio import Side, log_ratio_T, mean_of_finite
+from reflux.credit.log_ratio_rules import ratio_advice
 from reflux.rewards.base import unlike_threshold
 from reflux.types import Attempt, Credit, Group
 
@@ -80,7 +81,7 @@ class Margin(CreditPart):
     retain: float = 0.25
     teacher: str = "main"
 
-    min_group: ClassVar[int] = 2
+    min_group = 2
 
     def __post_init__(self) -> None:
         _check_delta(self.delta, endless=self.action == "mask")
@@ -97,11 +98,7 @@ class Margin(CreditPart):
         return margin_rules.refusals(self, where, cfg)
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        if self.student == "behaviour" and cfg.max_staleness:
-            yield (
-                f'{where}: student = "behaviour" compares with the student of up to {cfg.max_staleness} '
-                'steps ago; see "now".'
-            )
+        yield from ratio_advice(where, self.student, cfg)
         yield from unlike_threshold(where, self.threshold, cfg.rewards)
 
     @property

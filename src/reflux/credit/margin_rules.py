@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from reflux.config.registry import kind_of
-from reflux.teachers.names import unless_known
+from reflux.credit.log_ratio_rules import ratio_refusals
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -17,13 +16,7 @@ def refusals(rule: Margin, where: str, cfg: RunConfig) -> Iterator[str]:
     """The reasons to refuse the run, each with its remedy. where: the path of the rule in the recipe."""
     yield from _one_margin(rule, cfg)
     yield from _levelled(rule, where, cfg)
-    yield from unless_known(cfg, f"{where}.teacher", rule.teacher)
-    if rule.student == "behaviour" and not cfg.sampler.on_policy:
-        yield (
-            f"{where} compares the teacher with the log-probs of the student that sampled, and this sampler "
-            f"('{kind_of('samplers', cfg.sampler)}') gives answers that the student did not sample. Use "
-            f'student = "now".'
-        )
+    yield from ratio_refusals(where, rule.teacher, rule.student, cfg)
 
 
 def _one_margin(rule: Margin, cfg: RunConfig) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic.dataclasses import dataclass
@@ -33,7 +33,7 @@ class Position(CreditPart):
     weight: PositionNumber
 
     gives_offsets = False
-    min_group: ClassVar[int] = 1
+    min_group = 1
 
     def __post_init__(self) -> None:
         number(self.weight, "weight")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic.dataclasses import dataclass
@@ -49,7 +49,7 @@ class Prefix(CreditPart):
     special_tokens: bool = True
 
     gives_offsets = False
-    min_group: ClassVar[int] = 1
+    min_group = 1
 
     def __post_init__(self) -> None:
         number(self.length, "length")

@@ -93,7 +93,7 @@ class Release(CreditPart):
     teacher: str = "main"
 
     gives_offsets = False
-    min_group: ClassVar[int] = 1
+    min_group = 1
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.min_gain):

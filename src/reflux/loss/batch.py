@@ -88,9 +88,13 @@ def plan(
     values = [_values(groups, objective) for objective in objectives]
     attempts = [attempt for group in groups for attempt in group if attempt.rollout.finish != "error"]
     weights = [attempt.weight_T for attempt in attempts]
+    dead = [_dead(groups, objective) for objective in objectives]
     counts_C = over_ranks(
         np.array(
-            [_count(attempts, weights, objective, loss_aggregation) for objective in objectives],
+            [
+                _count(attempts, weights, objective, loss_aggregation, without)
+                for objective, without in zip(objectives, dead, strict=True)
+            ],
             dtype=np.int64,
         )
     )
@@ -126,6 +130,16 @@ def _values(groups: list[Group], objective: LossTerm) -> dict[int, float]:
     return found
 
 
+def _dead(groups: list[Group], objective: LossTerm) -> set[int]:
+    """The id() of the attempts of groups in which the objective contributes to the loss of no attempt. Empty
+    unless the objective leaves such groups out of its denominator.
+    """
+    if not objective.skips_dead_groups:
+        return set()
+    dead = (group for group in groups if not any(present(attempt, objective) for attempt in group))
+    return {id(attempt) for group in dead for attempt in group}
+
+
 def _rewards(attempt: Attempt, teacher: str) -> np.ndarray | None:
     """log q(a) - log p(a) at the chosen positions, nats, where p is the policy that sampled. None where the
     attempt has no such log-ratio.
@@ -139,12 +153,17 @@ def _rewards(attempt: Attempt, teacher: str) -> np.ndarray | None:
 
 
 def _count(
-    attempts: list[Attempt], weights: list[np.ndarray], objective: LossTerm, loss_aggregation: LossAggregation
+    attempts: list[Attempt],
+    weights: list[np.ndarray],
+    objective: LossTerm,
+    loss_aggregation: LossAggregation,
+    without: set[int],
 ) -> int:
     """The count in the denominator: the positions with a non-zero weight, under token-mean the chosen
-    positions, and under seq-mean-token-mean the attempts with a chosen position.
+    positions, and under seq-mean-token-mean the attempts with a chosen position. without: the id() of
+    attempts that are not counted.
     """
-    chosen = [int(attempt.rollout.mask_T.sum()) for attempt in attempts]
+    chosen = [int(attempt.rollout.mask_T.sum()) for attempt in attempts if id(attempt) not in without]
     if loss_aggregation == "seq-mean-token-mean":
         return sum(count > 0 for count in chosen)
     if loss_aggregation == "token-mean":

@@ -55,6 +55,13 @@ class LossTerm(Protocol):
         """
         ...
 
+    @property
+    def skips_dead_groups(self) -> bool:
+        """True if the denominator of this objective leaves out the attempts of groups in which it contributes
+        to the loss of no attempt.
+        """
+        ...
+
     def outside(self, rows: Rows[Any]) -> Tensor | None:
         """True [N] at the rows where the bound of an importance ratio changes the gradient; None without a
         ratio or without a bound.

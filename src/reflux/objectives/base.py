@@ -53,6 +53,13 @@ class ObjectivePart(Part, Protocol):
         return None
 
     @property
+    def skips_dead_groups(self) -> bool:
+        """True if the denominator of this objective leaves out the attempts of groups in which it contributes
+        to the loss of no attempt.
+        """
+        return False
+
+    @property
     def listed(self) -> Requirements:
         """What the objective requires in addition where its teacher gives log-probs at listed tokens instead
         of the full distribution.

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
     from reflux.config.recipe import RunConfig
 
+DAPO = Paper(
+    "dapo",
+    "DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
+    "2503.14476",
+    2025,
+    "Yu, Qiying and others",
+)
+
 
 @dataclass(frozen=True, config=STRICT)
 class PolicyGradient(ObjectivePart):
@@ -32,13 +40,24 @@ class PolicyGradient(ObjectivePart):
     p(a) / behaviour(a). With ratio "none" the cost is -A log p(a). behaviour(a) is the probability with which
     the token was drawn, with temperature and top-p applied. At a temperature other than 1 the ratio therefore
     differs from 1 even at the first step, and the clip binds more often. A position whose advantage offset is
-    0 costs exactly 0. There is no teacher, so this objective is exempt from law 2 of the tests (cost 0 at
+    0 costs exactly 0.
+
+    A dead group is one in which no attempt has an offset other than 0, such as a group whose rewards are all
+    equal. It has no gradient. `count_dead_groups` false leaves the attempts of dead groups out of the
+    denominator of this objective, so that the gradient of the other groups does not shrink where many are
+    dead. The denominators of other objectives do not change. With loss_aggregation "token-mean-weighted" an
+    attempt without offsets is not counted anyway. Dead groups are only left out: no other prompts are sampled
+    in their place, as the dynamic sampling of DAPO (arXiv 2503.14476) does.
+
+    There is no teacher, so this objective is exempt from law 2 of the tests (cost 0 at
     identity, where student = teacher).
     """
 
     coef: float = 1.0
     ratio: Literal["clip", "none"] = "clip"
     clip: tuple[float, float] = (0.2, 0.2)
+    # false: groups without any advantage are not counted in the denominator of this objective
+    count_dead_groups: bool = True
 
     teacher = None
     takes_advantage_offset: ClassVar[bool] = True
@@ -49,13 +68,24 @@ class PolicyGradient(ObjectivePart):
         check_ratio(self.clip)
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
-        return ratio_papers(self.ratio, cfg)
+        yield from ratio_papers(self.ratio, cfg)
+        if not self.count_dead_groups:
+            yield DAPO
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         return under_lag(where, kind_of("objectives", self), self.ratio, "clip", cfg)
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        return drawn_elsewhere(where, self.ratio, "clip", cfg)
+        yield from drawn_elsewhere(where, self.ratio, "clip", cfg)
+        if not self.count_dead_groups and cfg.loss_aggregation == "token-mean-weighted":
+            yield (
+                f"{where}.count_dead_groups = false has no effect with loss_aggregation = "
+                '"token-mean-weighted", which counts no attempt without an advantage.'
+            )
+
+    @property
+    def skips_dead_groups(self) -> bool:
+        return not self.count_dead_groups
 
     @property
     def requirements(self) -> Requirements:

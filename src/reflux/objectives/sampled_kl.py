@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.config.papers import GRPO, Paper
+from reflux.config.papers import GRPO, RLOO, Paper
 from reflux.config.registry import STRICT, kind_of
 from reflux.config.requirements import Requirements
 from reflux.loss.term import Rows
@@ -33,14 +33,6 @@ OPTIMAL_BASELINE = Paper(
     "1301.2315",
     2013,
     "Weaver, Lex and Tao, Nigel",
-)
-RLOO = Paper(
-    "rloo",
-    "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
-    "2402.14740",
-    2024,
-    "Ahmadian, Arash and Cremer, Chris and Gall{\\'e}, Matthias and Fadaee, Marzieh and Kreutzer, Julia and "
-    "others",
 )
 
 
