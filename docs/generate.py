@@ -78,7 +78,7 @@ MATHS = (
     "reflux.credit.change_point",
     "reflux.credit.margin",
     "reflux.credit.balance",
-    "reflux.credit.shares",
+    "reflux.credit.share_credit",
     "reflux.contexts.peers",
     "reflux.extrapolation.extrapolate",
     "reflux.evals.spectra",

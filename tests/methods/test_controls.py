@@ -22,7 +22,7 @@ from reflux.config.step_context import StepContext
 from reflux.credit.balance import Balance
 from reflux.credit.base import share_credit
 from reflux.credit.discrepancy import Discrepancy
-from reflux.credit.shares import least_likely, share_before
+from reflux.credit.share_credit import least_likely, share_before
 from reflux.credit.sign_gate import SignGate
 from reflux.credit.unlikely import Unlikely
 from reflux.loss.term import Rows

@@ -18,7 +18,7 @@ from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
 from reflux.credit.log_ratio import Side, log_ratio_T
 from reflux.credit.log_ratio_rules import ratio_advice, ratio_refusals
-from reflux.credit.shares import share_before
+from reflux.credit.share_credit import share_before
 from reflux.types import Attempt, Credit, Group
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from reflux.config.registry import STRICT, kind_of
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
-from reflux.credit.shares import least_likely
+from reflux.credit.share_credit import least_likely
 from reflux.types import Attempt, Credit, Group, TokenRollout
 
 if TYPE_CHECKING:
