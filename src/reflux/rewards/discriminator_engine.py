@@ -97,7 +97,7 @@ class OpenDiscriminator:
         with self._turn:
             found = iter(self._measured(texts).tolist() if texts else ())
         why = [WHY_UNJUDGED.get(attempt.rollout.finish) for attempt in group]
-        return [Reward(None, error=error) if error else Reward(next(found)) for error in why]
+        return [Reward(None, error=error) if error else _reward(next(found)) for error in why]
 
     def _measured(self, texts: Sequence[np.ndarray]) -> Tensor:
         return self.scorer.measured(texts, self.cfg.micro_batch_tokens)
@@ -186,6 +186,12 @@ class OpenDiscriminator:
     def load(self, folder: Path) -> None:
         state: dict[str, Any] = checkpoints.read(folder)
         restore_optimiser(self.trained, self.optimiser, state)
+
+
+def _reward(score: float) -> Reward:
+    if np.isfinite(score):
+        return Reward(score)
+    return Reward(None, error=f"the discriminator's score is {score}, which is not finite")
 
 
 def _tokens(attempt: Attempt) -> TokenRollout:
