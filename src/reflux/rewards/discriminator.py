@@ -63,6 +63,7 @@ class DiscriminatorReward(RewardPart):
     model: str | None = None
     # the learning rate of D
     lr: Number = 1e-6
+    # the decays of Adam's averages
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     # D's gradient is clipped to this norm
     clip: Positive = 0.2
@@ -72,9 +73,11 @@ class DiscriminatorReward(RewardPart):
     references: Count = 1
     # tokens in one micro-batch of D, padding included; the gradient does not depend on it
     micro_batch_tokens: Count = 16384
+    # True: activations are computed again in D's backward pass
     gradient_checkpointing: bool = False
     # "auto": bfloat16 on a GPU
     autocast: Literal["auto", "off"] = "auto"
+    # of D; "auto": the first GPU, else the CPU
     device: Device = "auto"
     # the factor of this reward's values in the sum of several rewards
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
