@@ -22,7 +22,7 @@ from reflux.learners.base import OpenLearner
 from reflux.learners.learning import learn, observe
 from reflux.loss.step import StepRequest
 from reflux.models.torch_settings import crowding, prepare_torch
-from reflux.rewards.collection import Rewards, open_rewards
+from reflux.rewards.opened_rewards import Rewards, open_rewards
 from reflux.runtime.pipeline import Ask, Attempting, Pipeline
 from reflux.runtime.services import Services
 from reflux.runtime.signals import stopping_on_signals

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from reflux.extrapolation.base import OpenExtrapolation
     from reflux.learners.base import OpenLearner
     from reflux.metrics.flops import Spent
-    from reflux.rewards.collection import Rewards
+    from reflux.rewards.opened_rewards import Rewards
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.collection import Teachers
 

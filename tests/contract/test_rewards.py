@@ -17,8 +17,8 @@ import tiny_flow
 from reflux import checks
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError
-from reflux.rewards.collection import open_rewards
 from reflux.rewards.environment_reward import EnvironmentReward, given
+from reflux.rewards.opened_rewards import open_rewards
 from reflux.rewards.verifier import Verifier
 from reflux.rewards.weighted import combined
 from reflux.types import Attempt, Group, Reward

@@ -32,9 +32,8 @@ class TextScorer:
     @property
     def trained(self) -> dict[str, Tensor]:
         """The parameters of trunk and output, by name. The head of the language model is not used."""
-        return {"score": self.weight_H} | {
-            f"trunk.{name}": parameter for name, parameter in self.model.trunk.named_parameters()
-        }
+        trunk = self.model.trunk.named_parameters()
+        return {"score": self.weight_H, **{f"trunk.{name}": parameter for name, parameter in trunk}}
 
     def scores(self, texts: Sequence[np.ndarray]) -> Tensor:
         """The scores [B] of B texts, from one forward pass; differentiable. texts: token ids."""
