@@ -22,8 +22,8 @@ from reflux.assets.characters import character_tokenizer
 from reflux.config.recipe import load_recipe
 from reflux.config.step_context import StepContext
 from reflux.errors import ConfigError, DataError, ModelError, StepRefused
+from reflux.models.scalar_model import ScalarModel
 from reflux.models.text import as_model
-from reflux.models.text_scorer import TextScorer
 from reflux.rewards.bradley_terry import Pairs, bradley_terry, slopes
 from reflux.rewards.discriminator import DiscriminatorReward
 from reflux.rewards.discriminator_engine import OpenDiscriminator
@@ -43,9 +43,9 @@ RUN = {
 TEXTS = [np.arange(6, 6 + length) for length in (9, 4, 12, 1, 9)]
 
 
-def scorer(net: Any = None) -> TextScorer:
+def scorer(net: Any = None) -> ScalarModel:
     """In float64, with a random output, because one of zeros scores everything 0."""
-    made = TextScorer(as_model((net or tiny.net(1, layers=2)).double(), character_tokenizer()))
+    made = ScalarModel(as_model((net or tiny.net(1, layers=2)).double(), character_tokenizer()))
     with torch.no_grad():
         made.weight_H.normal_(
             generator=torch.Generator().manual_seed(0)
@@ -90,9 +90,11 @@ def test_the_score_is_the_output_at_the_last_token_and_at_first_0() -> None:
     for text in TEXTS:
         ids_1L = here(torch.from_numpy(text)[None])
         h_H = made.model.net(input_ids=ids_1L, output_hidden_states=True).hidden_states[-1][0, -1]
-        assert float(made.scores([text])) == pytest.approx(float(h_H @ made.weight_H), rel=1e-12)
-        assert abs(float(h_H @ made.weight_H)) > 1e-3
-    fresh = TextScorer(as_model(tiny.net(1), character_tokenizer()))
+        assert float(made.measured([text], 64)) == pytest.approx(
+            float((h_H @ made.weight_H).detach()), rel=1e-12
+        )
+        assert abs(float((h_H @ made.weight_H).detach())) > 1e-3
+    fresh = ScalarModel(as_model(tiny.net(1), character_tokenizer()))
     assert fresh.measured(TEXTS, 64).tolist() == [0.0] * len(TEXTS)
 
 

@@ -20,8 +20,8 @@ from reflux.errors import DataError, ModelError, StepRefused
 from reflux.grading.graders import WHY_UNJUDGED
 from reflux.models.chat.naming import about_prompt
 from reflux.models.optimiser_state import optimiser_state, restore_optimiser
+from reflux.models.scalar_model import ScalarModel
 from reflux.models.text import Model, load_model
-from reflux.models.text_scorer import TextScorer
 from reflux.models.training_mode import quiet_dropout, recompute_activations
 from reflux.rewards.bradley_terry import Pairs, pair_accuracy, slopes
 from reflux.storage import checkpoints
@@ -44,7 +44,7 @@ class OpenDiscriminator:
             recompute_activations(model.net)
         student = context.student
         self._renderer = model.renderer(student.system, student.template, student.prompt_suffix)
-        self._model, self.scorer = model, TextScorer(model, cfg.autocast)
+        self._model, self.scorer = model, ScalarModel(model, cfg.autocast)
         self.trained = self.scorer.trained
         # The rate is set at each step.
         self.optimiser = torch.optim.AdamW(

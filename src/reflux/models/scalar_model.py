@@ -14,7 +14,7 @@ from reflux.models.text import Model
 from reflux.models.text_rows import padded
 
 
-class TextScorer:
+class ScalarModel:
     """score(text) = w . h, where h [H] is the trunk's hidden state (after its last norm) at the last token.
 
     w begins at 0, so every text has the score 0 at first. There is no bias: it would cancel in every
