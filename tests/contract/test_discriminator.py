@@ -108,6 +108,15 @@ def test_the_score_does_not_depend_on_padding_batch_or_order(tokens: int) -> Non
     assert len(set(alone.round(decimals=9).tolist())) == len(TEXTS) - 1
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 20, 30, 1000])
+def test_texts_are_divided_by_the_budget_and_each_is_read_once(tokens: int) -> None:
+    parts = list(scorer().parts(TEXTS, tokens))
+    assert sorted(index for part in parts for index in part) == list(range(len(TEXTS)))
+    taken = [(len(part), len(part) * max(len(TEXTS[index]) for index in part)) for part in parts]
+    assert all(count == 1 or padded <= tokens for count, padded in taken)
+    assert len(parts) == {1: 5, 9: 4, 20: 3, 30: 2, 1000: 1}[tokens]
+
+
 # --- the gradient
 
 
