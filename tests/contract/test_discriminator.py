@@ -234,6 +234,16 @@ def test_several_answers_are_all_compared_and_cut_where_an_attempt_would_be() ->
     assert learn(reward, [asked])["pairs"] == 4
 
 
+def test_recomputed_activations_change_no_weight() -> None:
+    groups = [group(["abc"], ["b", "ca"])]
+    plain, again = opened(), opened(gradient_checkpointing=True)
+    for reward in (plain, again):
+        for step in range(2):
+            learn(reward, groups, step)
+    for name, value in plain.trained.items():
+        torch.testing.assert_close(again.trained[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_it_continues_from_what_it_saved(tmp_path: Path) -> None:
     groups = [group(["a"], ["b", "c"])]
     whole, half = opened(), opened()
