@@ -45,7 +45,7 @@ HEAVY_ALLOWED = (
         "teachers/",
     ),
     *("assets/make.py", "assets/text_models.py", "assets/tool_models.py", "assets/glyph_models.py"),
-    *("extrapolation/extrapolate_engine.py", "evals/spectra.py"),
+    *("extrapolation/extrapolate_engine.py", "evals/spectra.py", "rewards/discriminator_engine.py"),
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

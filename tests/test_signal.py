@@ -6,7 +6,9 @@ import asyncio
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from reflux.evals import attempt_signals
 from reflux.evals.attempt_signals import described, measured
 from reflux.evals.signal_summary import summarised
 from reflux.reports.signal_page import write_signal_page
+from reflux.rewards.base import judge
 from reflux.types import Attempt, Group, Prompt, Reward, SampledTarget, TeacherAnswer
 from test_report import HOSTILE, SEEN, Page
 
@@ -65,8 +68,8 @@ def rows_of(given: Given, rewards: Any) -> list[dict[str, Any]]:
     async def collect() -> list[dict[str, Any]]:
         prompt = given.group[0].rollout.prompt
         draw = SamplingParams(0, "train", 9)
-        reward = given if rewards else None
-        chunks = measured(asked, rewards, reward, [prompt], 3, draw)  # type: ignore[arg-type]
+        opened: Any = SimpleNamespace(parts=rewards, judge=partial(judge, given if rewards else None))
+        chunks = measured(asked, opened, [prompt], 3, draw)
         return [row async for chunk in chunks for rows in chunk.values() for row in rows]
 
     return asyncio.run(collect())

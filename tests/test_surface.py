@@ -26,7 +26,7 @@ teachers      flow local self vllm
 contexts      same peers privileged replay
 objectives    sampled_kl divergence nll policy_gradient velocity_kl
 credit        prefix position group_advantage release margin freshness balance discrepancy sign_gate unlikely
-rewards       verifier environment recorded rubric judge
+rewards       verifier environment recorded rubric discriminator judge
 learners      flow fsdp hf
 extrapolation  extrapolate
 tasks         word_problems chains shopping calculator ledger gsm8k jsonl answered mix verifiers glyphs
@@ -90,6 +90,8 @@ rewards.rubric          judge teacher=None references=4 teacher_temperature=1.0 
                         rubric_temperature=0.7 rubric_max_tokens=8192 rubric_timeout_s=120.0 rubric_repairs=2
                         verdicts_temperature=0.0 verdicts_max_tokens=4096 verdicts_timeout_s=60.0 verdicts_repairs=1
                         verifier_chunk=0 rubric_per='group' blind=True max_failed_share=0.4 rubric_prompt=None verdicts_prompt=None weight=1.0
+rewards.discriminator   model=None lr=1e-06 betas=(0.9,0.999) clip=0.2 warmup_steps=0 references=1 micro_batch_tokens=16384
+                        gradient_checkpointing=False autocast='auto' device='auto' weight=1.0
 rewards.judge           judge mode='score' temperature=0.0 max_tokens=1024 timeout_s=60.0 repairs=1 max_failed_share=0.4 prompt=None
                         weight=1.0
 extrapolation.extrapolate

@@ -22,8 +22,7 @@ from reflux.learners.base import OpenLearner
 from reflux.learners.learning import learn, observe
 from reflux.loss.step import StepRequest
 from reflux.models.torch_settings import crowding, prepare_torch
-from reflux.rewards.base import OpenReward, judge, refuse_unjudged
-from reflux.rewards.weighted import open_rewards
+from reflux.rewards.opened_rewards import Rewards, open_rewards
 from reflux.runtime.pipeline import Ask, Attempting, Pipeline
 from reflux.runtime.services import Services
 from reflux.runtime.signals import stopping_on_signals
@@ -33,7 +32,7 @@ from reflux.teachers.collection import Teachers
 from reflux.training import Options, Run
 from reflux.types import Group
 
-Parts = tuple[OpenLearner, OpenSampler, OpenReward | None, Teachers, extrapolations.OpenExtrapolation]
+Parts = tuple[OpenLearner, OpenSampler, Rewards, Teachers, extrapolations.OpenExtrapolation]
 
 
 async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
@@ -51,8 +50,8 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         with closing(run):
             return run.summary()
     opening = open_parts(cfg, run.context, run.services)
-    async with lasting(run), opening as (learner, sampler, reward, teachers, extrapolation):
-        run.restore(learner, teachers, extrapolation)
+    async with lasting(run), opening as (learner, sampler, rewards, teachers, extrapolation):
+        run.restore(learner, rewards, teachers, extrapolation)
         compare = scorer(cfg.extrapolation, run.context, run.services)
         score = CurrentScore(compare, learner, partial(run.evaluation, sampler, teachers))
         await publish(run, learner, sampler, teachers, run.step)
@@ -60,11 +59,11 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         await preflight()
         # Due before the first step, and after a resume where the evaluation of this step is missing.
         if run.due("eval"):
-            await run.evaluate(learner, sampler, teachers, extrapolation)
-        async with aclosing(pipeline(run, attempting(run, learner, sampler, reward, teachers))) as stream:
+            await run.evaluate(learner, sampler, teachers)
+        async with aclosing(pipeline(run, attempting(run, learner, sampler, rewards, teachers))) as stream:
             async for groups in Waiting(stream, run.services.clock):
-                refuse_unjudged(groups, cfg.rewards)
                 now = run.step_context(version=learner.version)
+                await rewards.learn(groups, now)
                 # Teachers answer again only where an answer is missing or the context has changed.
                 await teachers.score_again(groups, now)
                 # The current student's outputs, and the teachers' at its top-k, where a part requires them.
@@ -88,17 +87,17 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                     if cfg.learner.averages:
                         # The sampler gets the averaged weights. Attempts must not use them.
                         await stream.settle()
-                    await run.evaluate(learner, sampler, teachers, extrapolation)
+                    await run.evaluate(learner, sampler, teachers)
                 if run.due("save"):
-                    run.save(learner, teachers, extrapolation)
+                    run.save(learner)
                 run.stop_if_asked()
-        await run.evaluate(learner, sampler, teachers, extrapolation)
-        run.save(learner, teachers, extrapolation)
+        await run.evaluate(learner, sampler, teachers)
+        run.save(learner)
     return run.summary()
 
 
 def attempting(
-    run: Run, learner: OpenLearner, sampler: OpenSampler, reward: OpenReward | None, teachers: Teachers
+    run: Run, learner: OpenLearner, sampler: OpenSampler, rewards: Rewards, teachers: Teachers
 ) -> Attempting:
     """The function that samples, judges and scores the group of one prompt, and writes it to disk."""
     cfg = run.cfg
@@ -117,7 +116,7 @@ def attempting(
                 for each in group:
                     each.asked_step = ask.step
                 with span("reward"):
-                    await judge(reward, group)
+                    await rewards.judge(group)
             with span("teach"):
                 await teachers.score([group], now, ask.cohort)
         # Attempts are on disk before anything else can happen to them.
@@ -179,7 +178,7 @@ async def open_parts(
         services.tell(crowding())
         learner = await stack.enter_async_context(cfg.learner.open(context("learner"), services))
         sampler = await stack.enter_async_context(cluster.sampler(cfg.sampler, context("sampler"), services))
-        reward = await stack.enter_async_context(open_rewards(cfg.rewards, context, services))
+        rewards = await stack.enter_async_context(open_rewards(cfg.rewards, context, services))
         opened = {
             name: (
                 teacher,
@@ -194,7 +193,7 @@ async def open_parts(
         yield (
             learner,
             sampler,
-            reward,
+            rewards,
             Teachers(opened, context("learner").requirements, services, objective_teachers, cfg.task.replay),
             extrapolation,
         )

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from reflux.extrapolation.base import OpenExtrapolation
     from reflux.learners.base import OpenLearner
     from reflux.metrics.flops import Spent
+    from reflux.rewards.opened_rewards import Rewards
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.collection import Teachers
 
@@ -88,6 +89,8 @@ class Run:
         self.refreshes = Refreshes(cfg.refresh if cfg.max_staleness else None, self.totals, rules)
         self._started = time.perf_counter()
         self.landed = Landed()
+        # the parts whose state is in every checkpoint, by the name of their folder
+        self.kept: dict[str, checkpoints.Kept] = {}
         self.in_flight = InFlight(self.dir, cfg.task.runs_once, max_staleness=cfg.max_staleness)
         self._lock = (self.dir / ".lock").open("w")
 
@@ -133,15 +136,21 @@ class Run:
 
     # --- actions of the loop
 
-    def restore(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
-        """Load the state of these parts, and find the attempts that were in flight. On a new run,
-        extrapolation stores the start weights instead.
+    def restore(
+        self, learner: OpenLearner, rewards: Rewards, teachers: Teachers, extrapolation: OpenExtrapolation
+    ) -> None:
+        """Load the state of these parts, which `save` writes later, and find the attempts that were in
+        flight. On a new run, extrapolation stores the start weights instead.
         """
+        self.kept = {
+            "learner": learner,
+            "rewards": rewards,
+            "teachers": teachers,
+            "extrapolation": extrapolation,
+        }
         if self.step:
-            kept = checkpoints.of_step(self.dir / "checkpoints", self.step)
-            learner.load(kept / "learner")
-            teachers.load(kept / "teachers")
-            extrapolation.load(kept / "extrapolation")
+            for name, part in self.kept.items():
+                part.load(checkpoints.of_step(self.dir / "checkpoints", self.step) / name)
         else:
             extrapolation.start(learner.access)
         self.services.tell(self.in_flight.resume(self.positions, learner.version))
@@ -213,9 +222,7 @@ class Run:
             row["step"] == self.step for row in files.read_lines(self.dir / "evals.jsonl")
         )
 
-    async def evaluate(
-        self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, extrapolation: OpenExtrapolation
-    ) -> None:
+    async def evaluate(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> None:
         """Run every evaluation that is due, unless the current weights are evaluated already. If one raises,
         a checkpoint is saved (not at step 0), and the error is raised again.
         """
@@ -235,16 +242,14 @@ class Run:
                 )
         except Exception:
             if self.step:
-                self.save(learner, teachers, extrapolation)
+                self.save(learner)
             raise
         self.journal.evaluated({"step": self.step, **found})
 
-    def save(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
-        """Export the student and write a checkpoint of learner, teachers, extrapolation and counters."""
+    def save(self, learner: OpenLearner) -> None:
+        """Export the student and write a checkpoint of the parts that `restore` got, and of counters."""
         parts: dict[str, checkpoints.Fill] = {
-            "learner": learner.save,
-            "teachers": teachers.save,
-            "extrapolation": extrapolation.save,
+            **{name: part.save for name, part in self.kept.items()},
             "positions": lambda folder: checkpoints.write(folder, self.positions.state()),
             "run": lambda folder: checkpoints.write(folder, {**self.totals, "seconds": self.seconds}),
         }

@@ -18,8 +18,9 @@ from reflux import checks
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError
 from reflux.rewards.environment_reward import EnvironmentReward, given
+from reflux.rewards.opened_rewards import open_rewards
 from reflux.rewards.verifier import Verifier
-from reflux.rewards.weighted import combined, open_rewards
+from reflux.rewards.weighted import combined
 from reflux.types import Attempt, Group, Reward
 
 CHAT = {"kind": "outside:Chat"}
@@ -28,6 +29,8 @@ BRIEF = {"kind": "outside:Brief"}
 
 class Fixed:
     """Returns what it was given."""
+
+    learns = False
 
     def __init__(self, weight: float, *rewards: Reward):
         self.weight, self.rewards, self.asked = weight, list(rewards), 0
@@ -45,8 +48,8 @@ def asked(size: int, **rewards: Fixed) -> list[Reward] | None:
     group = [Attempt(tiny.rollout(2, sample=sample)) for sample in range(size)]
 
     async def ask() -> list[Reward] | None:
-        async with open_rewards(rewards, lambda name: None, None) as reward:  # type: ignore[arg-type, return-value]
-            return None if reward is None else await reward.score(group)
+        async with open_rewards(rewards, lambda name: None, None) as opened:  # type: ignore[arg-type, return-value]
+            return None if opened.judging is None else await opened.judging.score(group)
 
     found = asyncio.run(ask())
     # asking changes nothing

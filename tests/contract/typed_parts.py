@@ -45,6 +45,7 @@ from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.rewards.base import RewardFn
+from reflux.rewards.discriminator import DiscriminatorReward
 from reflux.rewards.environment_reward import EnvironmentReward
 from reflux.rewards.judge import JudgeReward
 from reflux.rewards.oracle.rule_server import RuleServer
@@ -107,7 +108,7 @@ def credit() -> list[CreditRule]:
 
 def rewards() -> list[RewardFn]:
     judged: list[RewardFn] = [RubricReward(RuleServer()), JudgeReward(RuleServer())]
-    return [Verifier(), EnvironmentReward(), RecordedReward(), *judged]
+    return [Verifier(), EnvironmentReward(), RecordedReward(), DiscriminatorReward(), *judged]
 
 
 def endpoints() -> list[Endpoint]:

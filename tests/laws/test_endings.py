@@ -70,10 +70,17 @@ class Fault:
 
 
 class Unjudging:
-    """A reward that grades nothing."""
+    """Rewards that grade nothing."""
 
-    async def score(self, group: Any) -> list[Reward]:
-        return [Reward(None) for _ in group]
+    async def judge(self, group: Any) -> None:
+        for attempt in group:
+            attempt.reward = Reward(None)
+
+    async def learn(self, groups: Any, step_context: Any) -> None: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
 
 
 def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
@@ -83,8 +90,8 @@ def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     @asynccontextmanager
     async def open_parts(*args: Any) -> AsyncIterator[Any]:
         async with plain_open(*args) as (learner, sampler, _, teachers, extrapolation):
-            reward: Any = Unjudging()
-            sample, judge, score = sampler.sample, reward.score, teachers.score
+            rewards: Any = Unjudging()
+            sample, judge, score = sampler.sample, rewards.judge, teachers.score
 
             async def faulty_sample(prompt: Any, n: int, draw: Any) -> Any:
                 if draw.purpose == "train" and fault.here("sample", prompt.id):
@@ -101,8 +108,8 @@ def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
                     await fault.end()
                 return await score(groups, *more, **named)
 
-            sampler.sample, reward.score, teachers.score = faulty_sample, faulty_judge, faulty_score
-            yield learner, sampler, reward, teachers, extrapolation
+            sampler.sample, rewards.judge, teachers.score = faulty_sample, faulty_judge, faulty_score
+            yield learner, sampler, rewards, teachers, extrapolation
 
     def faulty_write(self: Run, ask: Any, group: Any) -> None:
         if fault.here("write", group[0].rollout.prompt.id):

@@ -58,9 +58,9 @@ def _refuse_few_references(where: str, needed: int, prompts: Sequence[Prompt]) -
     if few := [prompt for prompt in prompts if len(prompt.references) < needed]:
         raise DataError(
             f"{where} needs {needed} answers of the teacher to each prompt, and {len(few)} of {len(prompts)} "
-            f"training prompts have fewer: {few[0].id} has {len(few[0].references)}. Set a teacher that is "
-            f"asked during the run, {where}.teacher, or store answers with `reflux answers`, or lower "
-            f"{where}.references."
+            f"training prompts have fewer: {few[0].id} has {len(few[0].references)}. Name their column, "
+            'for example task.keys = {references = "completion"}, or store answers with `reflux answers`, or '
+            f"lower {where}.references. The reward `rubric` may also ask during the run ({where}.teacher)."
         )
 
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +36,10 @@ from reflux.storage.summary import commit
 from reflux.tasks.base import JUDGED
 from reflux.teachers.base import alias_of
 from reflux.types import FlowRollout, Prompt
+
+if TYPE_CHECKING:
+    from reflux.evals.evaluation import Evaluation
+    from reflux.rewards.opened_rewards import Rewards
 
 console = Console()
 PARTIAL = "signal.partial.jsonl"
@@ -150,17 +154,16 @@ async def _measured(
     cfg: RunConfig, requirements: Requirements, prompts: Sequence[Prompt], draw: SamplingParams, folder: Path
 ) -> AsyncIterator[tuple[dict[str, list[Row]], dict[str, dict[str, float]]]]:
     """The rows of each prompt and the use of chat servers, as they come."""
-    async with _opened(cfg, requirements, folder) as (evaluation, reward):
-        rows = measured(evaluation, cfg.rewards, reward, prompts, cfg.group_size, draw)
-        async for chunk in rows:
+    async with _opened(cfg, requirements, folder) as (evaluation, rewards):
+        async for chunk in measured(evaluation, rewards, prompts, cfg.group_size, draw):
             yield chunk, evaluation.services.usage.take()
 
 
 @asynccontextmanager
-async def _opened(cfg: RunConfig, requirements: Requirements, folder: Path) -> AsyncIterator[Any]:
-    """The parts of the run with the weights at the start of training: an `Evaluation`, and the rewards as
-    one. Answers of judges are stored in `folder`, as in a run, so that none is asked for twice.
-    """
+async def _opened(
+    cfg: RunConfig, requirements: Requirements, folder: Path
+) -> AsyncIterator[tuple[Evaluation, Rewards]]:
+    """The parts of the run with the weights at the start of training. Answers of judges are stored in `folder`, as in a run, so that none is asked for twice."""
     from reflux.evals.evaluation import Evaluation
     from reflux.loop import open_parts
     from reflux.runtime.services import Services
@@ -173,10 +176,10 @@ async def _opened(cfg: RunConfig, requirements: Requirements, folder: Path) -> A
             kept = folder if name.startswith("rewards.") else Path(scratch)
             return part_context(cfg, requirements, name, kept)
 
-        async with open_parts(cfg, context, services) as (learner, sampler, reward, teachers, _):
+        async with open_parts(cfg, context, services) as (learner, sampler, rewards, teachers, _):
             await sampler.publish(learner.publish(), 0)
             await teachers.publish(learner.publish(), 0)
-            yield Evaluation(context("sampler"), services, cfg.sampler, sampler, teachers), reward
+            yield Evaluation(context("sampler"), services, cfg.sampler, sampler, teachers), rewards
 
 
 def _added(chat: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:

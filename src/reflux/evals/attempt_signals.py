@@ -18,13 +18,14 @@ from reflux.config.step_context import SamplingParams
 from reflux.credit.log_ratio import log_ratio_T, mean_of_finite
 from reflux.errors import ServerError
 from reflux.evals.prompt_difficulty import CORRECT
-from reflux.rewards.base import OpenReward, RewardFn, judge
+from reflux.rewards.base import RewardFn
 from reflux.rewards.weighted import values_by_name
 from reflux.runtime.together import together
 from reflux.types import UNJUDGED, Attempt, Group, Prompt, Reward
 
 if TYPE_CHECKING:
     from reflux.evals.evaluation import Evaluation
+    from reflux.rewards.opened_rewards import Rewards
 
 Row = dict[str, Any]
 # the names of signals that every recipe has, or that have no part of their own
@@ -60,16 +61,15 @@ def described(rewards: Mapping[str, RewardFn], teachers: Sequence[str]) -> dict[
 
 async def measured(
     evaluation: Evaluation,
-    rewards: Mapping[str, RewardFn],
-    reward: OpenReward | None,
+    rewards: Rewards,
     prompts: Sequence[Prompt],
     samples: int,
     draw: SamplingParams,
     at_once: int = 32,
 ) -> AsyncIterator[dict[str, list[Row]]]:
     """The attempts at each prompt as rows, by prompt id, for `at_once` prompts that are sampled together.
-    rewards: those of the recipe. reward: all of them, opened. samples: attempts per prompt. draw: the
-    sampling parameters. The attempts depend on prompt and sample index alone.
+    rewards: those of the recipe, opened. samples: attempts per prompt. draw: the sampling parameters. The
+    attempts depend on prompt and sample index alone.
 
     Raises ServerError if none of the attempts at `at_once` prompts gets a reward.
     """
@@ -78,19 +78,19 @@ async def measured(
         groups = await evaluation.groups(chunk, samples, draw)
         verdicts = iter(await evaluation.judged([attempt for group in groups for attempt in group]))
         # Contexts of teachers may show the rewards, so these come first.
-        await together(judge(reward, group) for group in groups)
-        _refuse_silence(reward, groups)
+        await together(map(rewards.judge, groups))
+        _refuse_silence(rewards, groups)
         teachers: Sequence[str] = ()
         if evaluation.teachers is not None:
             await evaluation.teachers.score(groups, evaluation.step_context)
             teachers = sorted(set(evaluation.teachers.tables.values()))
         yield {
-            prompt.id: [_row(attempt, next(verdicts), rewards, teachers) for attempt in group]
+            prompt.id: [_row(attempt, next(verdicts), rewards.parts, teachers) for attempt in group]
             for prompt, group in zip(chunk, groups, strict=True)
         }
 
 
-def _refuse_silence(reward: OpenReward | None, groups: Sequence[Group]) -> None:
+def _refuse_silence(rewards: Rewards, groups: Sequence[Group]) -> None:
     """ServerError, with the reasons, if no attempt at all got a reward, as from a server that is down."""
     found = [
         attempt.reward or Reward(None)
@@ -98,7 +98,7 @@ def _refuse_silence(reward: OpenReward | None, groups: Sequence[Group]) -> None:
         for attempt in group
         if attempt.rollout.finish not in UNJUDGED
     ]
-    if reward is None or not found or any(each.value is not None for each in found):
+    if not rewards.parts or not found or any(each.value is not None for each in found):
         return
     reasons = Counter(each.error or "no verdict was given" for each in found)
     listed = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common())

@@ -30,6 +30,7 @@ from reflux.metrics.values import Max, Stats, Sum
 from reflux.models import lora
 from reflux.models.dtensors import gathered
 from reflux.models.net_access import NetAccess
+from reflux.models.optimiser_state import optimiser_state, restore_optimiser
 from reflux.runtime.weights import AdapterWeights, InMemory
 from reflux.types import Attempt, Group, StepRecord, Target
 
@@ -272,11 +273,7 @@ class GradientLearner(ABC):
             f"base/{name}": base_parameters[name].detach() for name in sorted(self.access.written)
         }
         state |= {f"mean/{name}": value for name, value in self.mean.items()}
-        for name, parameter in self.trained.items():
-            state[f"weight/{name}"] = parameter.detach()
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                state[f"adam.{key}/{name}"] = value
-        return state
+        return state | optimiser_state(self.trained, self.optimiser)
 
     def take_up(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
@@ -287,13 +284,4 @@ class GradientLearner(ABC):
         with torch.no_grad():
             for name, mean in self.mean.items():
                 mean.copy_(state[f"mean/{name}"])
-            for name, parameter in self.trained.items():
-                parameter.copy_(state[f"weight/{name}"])
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            if key.startswith("adam."):
-                kind, name = key.removeprefix("adam.").split("/", 1)
-                moments.setdefault(name, {})[kind] = value.clone()
-        placed = {place: moments[name] for place, name in enumerate(self.trained) if name in moments}
-        # torch moves each value to the device on which the fused optimiser reads it.
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": placed})
+        restore_optimiser(self.trained, self.optimiser, state)

@@ -39,9 +39,9 @@ def step_metrics(
     stats: the learner's numbers. ran: the positions that the learner ran. groups: the attempts of the step.
     version: of the policy before this step. tables: the alias of each teacher, by the teacher's key in the
     recipe (NAME of `[teachers.NAME]`). teacher_macs: multiply-accumulates of one position, by the same key.
-    services: their clock and usage are read. discarded: computation for attempts of this step that were
-    discarded and sampled again. scored: the cost of scoring weights for extrapolation since the last step;
-    None if none were scored. on_policy: True if the student sampled the attempts.
+    services: their clock, usage and reports of parts are read. discarded: computation for attempts of this
+    step that were discarded and sampled again. scored: the cost of scoring weights for extrapolation since
+    the last step; None if none were scored. on_policy: True if the student sampled the attempts.
     """
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
@@ -176,9 +176,9 @@ def _share(share: Credit, mask_T: np.ndarray) -> Stats:
 
 
 def _spent(services: Services) -> dict[str, Any]:
-    """What was used since the last step: seconds, and the requests to chat servers if there were any."""
+    """Since the last step: seconds, the requests to chat servers if there were any, and what parts report."""
     used = services.usage.take()
-    return {"seconds": services.clock.take(), **({"chat": used} if used else {})}
+    return {"seconds": services.clock.take(), **({"chat": used} if used else {}), **services.take_reported()}
 
 
 def _peak_memory() -> int:

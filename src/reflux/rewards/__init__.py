@@ -5,5 +5,6 @@ REWARDS = {
     "environment": "reflux.rewards.environment_reward:EnvironmentReward",
     "recorded": "reflux.rewards.recorded_reward:RecordedReward",
     "rubric": "reflux.rewards.rubric:RubricReward",
+    "discriminator": "reflux.rewards.discriminator:DiscriminatorReward",
     "judge": "reflux.rewards.judge:JudgeReward",
 }

@@ -1,5 +1,5 @@
 """The protocol of rewards. `open(context, services)` gives an object whose `score(group)` returns one
-`Reward` for each attempt and changes nothing.
+`Reward` for each attempt and changes nothing. A reward that learns has more methods (`LearningReward`).
 
 An attempt that cannot be judged (time limit, no stored answer) gets Reward(None, error=...). This means "not
 judged", not "wrong".
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from reflux.config.part import Part
@@ -18,12 +19,33 @@ from reflux.types import UNJUDGED, Group, Reward
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
+    from reflux.config.step_context import StepContext
     from reflux.runtime.services import Services
 
 
 class OpenReward(Protocol):
     async def score(self, group: Group) -> list[Reward]:
         """One reward for each attempt of the group, in order."""
+        ...
+
+
+class LearningReward(OpenReward, Protocol):
+    """An opened reward with a model of its own that learns during the run. `score` uses the model as it is at
+    that moment.
+    """
+
+    async def learn(self, groups: Sequence[Group], step_context: StepContext) -> None:
+        """Learn from the groups of an optimiser step, before the student does. Called once per step, at the
+        same time as `score` of later attempts if max_staleness > 0.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write all that `learn` has changed into an empty folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote."""
         ...
 
 
@@ -42,6 +64,8 @@ class RewardPart(Part, Protocol):
 
     # True if the reward is the one that the sampler gave with the attempt
     reads_recorded: ClassVar[bool] = False
+    # True if the opened reward is a `LearningReward`
+    learns: ClassVar[bool] = False
 
 
 class RewardFn(RewardPart, Protocol):

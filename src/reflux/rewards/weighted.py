@@ -1,43 +1,16 @@
-"""Combines the rewards of a recipe into one: the weighted sum of their values."""
+"""Combines several rewards into one: the weighted sum of their values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from reflux.rewards.base import OpenReward, RewardFn
 from reflux.runtime.together import together
 from reflux.types import Group, Reward
 
-if TYPE_CHECKING:
-    from reflux.config.context import PartContext
-    from reflux.runtime.services import Services
 
-
-@asynccontextmanager
-async def open_rewards(
-    rewards: Mapping[str, RewardFn], context: Callable[[str], PartContext], services: Services
-) -> AsyncIterator[OpenReward | None]:
-    """All rewards as one, or None if there are none. A single reward of weight 1 is returned unchanged.
-
-    context(name): the context of one part. The name of a reward is "rewards.NAME", so that its folder differs
-    from that of a teacher called NAME.
-    """
-    async with AsyncExitStack() as stack:
-        opened = {
-            name: await stack.enter_async_context(reward.open(context(f"rewards.{name}"), services))
-            for name, reward in rewards.items()
-        }
-        weights = {name: reward.weight for name, reward in rewards.items()}
-        if _unchanged(rewards):
-            yield next(iter(opened.values()))
-        else:
-            yield OpenWeighted(opened, weights) if opened else None
-
-
-def _unchanged(rewards: Mapping[str, RewardFn]) -> bool:
+def unchanged(rewards: Mapping[str, RewardFn]) -> bool:
     """True if the only reward counts as it is."""
     return [reward.weight for reward in rewards.values()] == [1.0]
 
@@ -46,7 +19,7 @@ def values_by_name(rewards: Mapping[str, RewardFn], found: Reward) -> dict[str, 
     """The value of each reward, without its weight. rewards: those of the recipe. found: what the object that
     `open_rewards` gives returned for one attempt.
     """
-    if _unchanged(rewards):
+    if unchanged(rewards):
         return dict.fromkeys(rewards, found.value)
     return {name: found.parts.get(name) for name in rewards}
 

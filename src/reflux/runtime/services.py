@@ -72,6 +72,8 @@ class Services:
         # output heads of the models in this process, by the key `HiddenTarget.head`
         self.heads = Heads()
         self._told: set[str] = set()
+        # numbers of parts for the metrics of a step
+        self._reported: dict[str, dict[str, Mapping[str, float]]] = {}
         self._lendings = itertools.count(1)
         self._closing = ExitStack()
         self._threads = self._closing.enter_context(_model_threads(parties)) if overlap else None
@@ -100,6 +102,18 @@ class Services:
             if text not in self._told:
                 self._told.add(text)
                 self.listener.noted(text)
+
+    def report(self, where: str, numbers: Mapping[str, float]) -> None:
+        """Add the numbers of a part to the metrics of this step. where: the path of the part's table in the
+        recipe, such as "rewards.NAME"; metrics.jsonl has them in the same place.
+        """
+        group, _, name = where.partition(".")
+        self._reported.setdefault(group, {})[name] = numbers
+
+    def take_reported(self) -> dict[str, dict[str, Mapping[str, float]]]:
+        """What was reported since the last call."""
+        taken, self._reported = self._reported, {}
+        return taken
 
     async def run_model(
         self, work: Callable[..., Result], *arguments: Any, interrupt: Callable[[], None] | None = None

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reflux.errors import RunError
 from reflux.storage.files import write_folder
@@ -19,6 +19,14 @@ from reflux.storage.files import write_folder
 State = Mapping[str, Any]
 # a function that writes the state of a part into an empty folder
 Fill = Callable[[Path], None]
+
+
+class Kept(Protocol):
+    """A part of a run that has a folder of its own in every checkpoint."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Fill], keep: int) -> Path:
