@@ -360,7 +360,7 @@ def test_a_killed_call_goes_on_to_the_same_files(call: Any, monkeypatch: pytest.
     real, seen = attempt_signals.measured, []
 
     async def interrupted(*words: Any) -> Any:
-        seen.append(len(words[3]))
+        seen.append(len(words[2]))
         async for chunk in real(*words, at_once=4):
             yield chunk
             if len(seen) == 1:

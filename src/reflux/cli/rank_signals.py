@@ -163,7 +163,9 @@ async def _measured(
 async def _opened(
     cfg: RunConfig, requirements: Requirements, folder: Path
 ) -> AsyncIterator[tuple[Evaluation, Rewards]]:
-    """The parts of the run with the weights at the start of training. Answers of judges are stored in `folder`, as in a run, so that none is asked for twice."""
+    """The parts of the run with the weights at the start of training. Answers of judges are stored in
+    `folder`, as in a run, so that none is asked for twice.
+    """
     from reflux.evals.evaluation import Evaluation
     from reflux.loop import open_parts
     from reflux.runtime.services import Services

@@ -1,6 +1,4 @@
-"""The loop of the student's seat in an environment of `verifiers`, in this process. This module needs the
-package.
-"""
+"""The loop of the student's seat in an environment of `verifiers`, in this process. It needs the package."""
 
 from __future__ import annotations
 
@@ -84,8 +82,6 @@ async def _called(function: dict[str, Any], servers: Any, dispatch: dict[str, An
 
 
 def register() -> str:
-    """The id under which the package finds this harness: it looks for the module of this name among its
-    own.
-    """
+    """The id under which the package finds this harness, as one of its own modules."""
     sys.modules.setdefault(f"verifiers.v1.harnesses.{_NAME}", sys.modules[__name__])
     return _NAME
