@@ -79,8 +79,10 @@ class Freshness(CreditPart):
     attempt), both as means over the chosen positions of the attempt, in nats. At lag 0, and with `alpha` 0,
     D_roll is 0 by definition and nothing is computed for it. While the context is unchanged D_sup is 0, and
     the teacher is not asked again; where it has changed, the loss uses the new answer. The weight is a
-    constant: no gradient flows through it. It is not divided by the sum of the weights, so a stale batch
-    makes a small step.
+    constant: no gradient flows through it. It is not divided by the sum of the weights, so a stale batch has
+    a small gradient. The learner's optimiser is AdamW, which divides by the size of recent gradients: weights
+    that are alike in all steps change nothing there, and a few weights above 0 get a whole step. Look at
+    `effective` and `zero`.
 
     `drift` exact: D_roll from the `k` most likely tokens of the policy that sampled and one bucket for all
     others, at most the full KL and equal to it where `k` covers the vocabulary. Beside a rule that asks the
