@@ -40,7 +40,6 @@ from reflux.learners.gradient_learner import GradientLearner
 from reflux.learners.learning import observe
 from reflux.loop import Parts, lasting, open_parts
 from reflux.loss.step import StepRequest
-from reflux.rewards.base import judge
 from reflux.runtime.library_logging import quiet_libraries
 from reflux.storage import checkpoints
 from reflux.storage.files import write_text
@@ -118,12 +117,12 @@ async def attempts(run: Run, parts: Parts, prompts: Sequence[Prompt], m: int) ->
     """Draw m at the prompts, sampled as the loop samples the batch of a step. The length limits are those of
     the recipe's first step.
     """
-    learner, sampler, reward, teachers, _ = parts
+    learner, sampler, rewards, teachers, _ = parts
     draw = replace(run.cfg.draw(0), step=m)
     groups = list(
         await asyncio.gather(*(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in prompts))
     )
-    await asyncio.gather(*(judge(reward, group) for group in groups))
+    await asyncio.gather(*map(rewards.judge, groups))
     await teachers.score(groups, run.step_context(m))
     await observe(learner, groups)
     share_credit(groups, run.cfg.credit, run.step_context(m))

@@ -31,7 +31,6 @@ from reflux.config.requirements import Requirements
 from reflux.config.step_context import SamplingParams
 from reflux.credit.log_ratio import log_ratio_T
 from reflux.loop import lasting, open_parts
-from reflux.rewards.base import judge
 from reflux.training import Options, Run
 from reflux.types import Group
 
@@ -108,7 +107,7 @@ async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list
         run = Run.open(cfg, Requirements(reward=True, logp=True), Options(Path(scratch) / "inversions"))
         async with (
             lasting(run),
-            open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, _),
+            open_parts(cfg, run.context, run.services) as (learner, sampler, rewards, teachers, _),
         ):
             await sampler.publish(learner.publish(), 0)
             asked = list(islice(cfg.task.prompts(split, 0), prompts))
@@ -116,7 +115,7 @@ async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list
                 0, "eval", cfg.evaluation_positions, stop=cfg.sampler.generation.stop, cohort=len(asked)
             )
             groups = list(await asyncio.gather(*(sampler.sample(prompt, samples, draw) for prompt in asked)))
-            await asyncio.gather(*(judge(reward, group) for group in groups))
+            await asyncio.gather(*map(rewards.judge, groups))
             await teachers.score(groups, run.step_context())
     return [ranked(group) for group in groups]
 

@@ -43,7 +43,6 @@ from reflux.contexts.same import Same
 from reflux.contexts.wording import with_attempts
 from reflux.loop import lasting, open_parts
 from reflux.metrics.intervals import bootstrap_mean
-from reflux.rewards.base import judge
 from reflux.storage.files import write_text
 from reflux.storage.summary import commit
 from reflux.teachers.base import TeacherRequest
@@ -181,10 +180,10 @@ async def signal(asked: Asked) -> dict[str, Any]:
         run = Run.open(cfg, Requirements(logp=True, spans=True, reward=True), Options(Path(scratch) / "run"))
         async with (
             lasting(run),
-            open_parts(cfg, run.context, run.services) as (_, sampler, reward, teachers, _),
+            open_parts(cfg, run.context, run.services) as (_, sampler, rewards, teachers, _),
         ):
             groups = await draw(asked, run, sampler)
-            await asyncio.gather(*(judge(reward, group) for group in groups))
+            await asyncio.gather(*map(rewards.judge, groups))
             accuracy = float(np.mean([attempt.verdict or 0.0 for group in groups for attempt in group]))
             kept = [group for group in groups if mixed(group)]
             if len(kept) < 2:
