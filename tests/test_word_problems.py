@@ -184,7 +184,7 @@ def test_a_worked_solution_is_right_and_no_answer_is_an_error():
         ({"operations": ("add", "add")}, "each once"),
         ({"min_steps": 4}, "min_steps <= max_steps"),
         ({"longer": -1}, "must not be negative"),
-        ({"weight": 0.0}, "above 0"),
+        ({"weight": 0.0}, "greater than 0"),
         ({"operations": ("mul",), "max_steps": 6}, "Raise largest"),
         ({"operations": ("add",), "largest": 4}, "Raise largest"),
         ({"operations": ("sub",), "largest": 2}, "Raise largest"),

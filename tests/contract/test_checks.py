@@ -215,7 +215,7 @@ def test_every_problem_is_told_at_once() -> None:
 def test_the_shipped_recipes_fit(recipe: str) -> None:
     requirements = checks.join(load_recipe(recipe))
     assert requirements.reward == (
-        recipe in ("rl", "rl_opd", "uni_opd", "peers", "everything", "flow_grpo", "rubric", "gad")
+        recipe in ("rl", "rl_opd", "uni_opd", "peers", "everything", "flow_grpo", "rubric", "gad", "opdvr")
     )
 
 

@@ -255,10 +255,10 @@ def test_the_token_comes_from_the_named_variable(monkeypatch: pytest.MonkeyPatch
         assert asked(fake, lambda client: client.generate(sample()), token_variable="MY_TOKEN").finite
         with pytest.raises(ServerRefused, match="Name the environment variable"):
             asked(fake, lambda client: client.generate(sample()))
-        monkeypatch.setenv("MY_TOKEN", "wrong-456")
+        monkeypatch.setenv("MY_TOKEN", "wrong-xyz")
         with pytest.raises(ServerRefused, match="MY_TOKEN is not accepted") as caught:
             asked(fake, lambda client: client.generate(sample()), token_variable="MY_TOKEN")
-    assert "456" not in str(caught.value)
+    assert "xyz" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, "", "two words", "line\nbreak"])

@@ -27,6 +27,7 @@ from reflux.contexts.replay import Replay
 from reflux.errors import ConfigError, ModelError
 from reflux.loop import attempting
 from reflux.models.text import Model, load_model
+from reflux.rewards.opened_rewards import Rewards
 from reflux.rollouts.replies import replies_of
 from reflux.runtime.pipeline import Ask
 from reflux.tasks.shopping import Shopping
@@ -404,7 +405,7 @@ def test_an_attempt_is_scored_first_as_of_the_moment_when_it_began() -> None:
     run: Any = SimpleNamespace(cfg=cfg, step=3, step_context=step_context, write=lambda *_: None)
     run.services, run.in_flight = tiny.services(), SimpleNamespace(begin=lambda ask: True)
     learner: Any = SimpleNamespace(version=7)
-    attempt = attempting(run, learner, Sampler(), None, Answers())  # type: ignore[arg-type]
+    attempt = attempting(run, learner, Sampler(), Rewards({}, {}), Answers())  # type: ignore[arg-type]
     asyncio.run(attempt(Ask(tiny.rollout(3).prompt, 5, 0, 1, 5, False)))
     assert seen == [3, (5, 3, 7)]
 
