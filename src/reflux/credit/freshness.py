@@ -80,9 +80,9 @@ class Freshness(CreditPart):
     D_roll is 0 by definition and nothing is computed for it. While the context is unchanged D_sup is 0, and
     the teacher is not asked again; where it has changed, the loss uses the new answer. The weight is a
     constant: no gradient flows through it. It is not divided by the sum of the weights, so a stale batch has
-    a small gradient. The learner's optimiser is AdamW, which divides by the size of recent gradients: weights
-    that are alike in all steps change nothing there, and a few weights above 0 get a whole step. Look at
-    `effective` and `zero`.
+    a small gradient. The learner's optimiser is AdamW, which divides by the size of recent gradients. So a
+    factor that is the same in all steps does not change the weights of the student, and a batch in which few
+    attempts have a weight above 0 still makes a step of the usual size. `effective` and `zero` show this.
 
     `drift` exact: D_roll from the `k` most likely tokens of the policy that sampled and one bucket for all
     others, at most the full KL and equal to it where `k` covers the vocabulary. Beside a rule that asks the
